@@ -1,0 +1,103 @@
+"""Engine, sessions and the rules every table follows.
+
+Timestamps are seconds since 1970 by the *database's* clock (`now()`), so that leases compare on one clock.
+Reads run in autocommit; a write unit is one short transaction that takes SQLite's write lock at its start,
+because a read that becomes a write fails at once there instead of waiting.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import sqlalchemy as sa
+from sqlalchemy import orm
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.functions import GenericFunction
+
+from app.security.principal import Principal
+
+# First SQLite with the fix of the WAL-reset corruption bug (sqlite.org/wal.html#walresetbug).
+WAL_FIXED = (3, 51, 3)
+
+
+class Base(orm.DeclarativeBase):
+    metadata = sa.MetaData(
+        naming_convention={
+            "ix": "ix_%(column_0_N_label)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+    type_annotation_map = {dict[str, Any]: sa.JSON, list[Any]: sa.JSON, float: sa.Double}  # noqa: RUF012
+
+
+class now(GenericFunction[float]):  # noqa: N801 - a SQL function
+    """Seconds since 1970 by the database's clock, also inside a transaction."""
+
+    type = sa.Double()
+    inherit_cache = True
+    name = "dram_now"
+
+
+@compiles(now, "sqlite")
+def _now_sqlite(element: now, compiler: Any, **options: Any) -> str:
+    return "((julianday('now') - 2440587.5) * 86400.0)"
+
+
+@compiles(now, "postgresql")
+def _now_postgresql(element: now, compiler: Any, **options: Any) -> str:
+    return "EXTRACT(EPOCH FROM clock_timestamp())::float8"
+
+
+class Database:
+    """One engine. Make it after a fork, never before."""
+
+    def __init__(self, url: str) -> None:
+        url = url.replace("postgresql://", "postgresql+psycopg://", 1)
+        self.sqlite = url.startswith("sqlite")
+        options: dict[str, Any] = {"pool_pre_ping": not self.sqlite, "pool_size": 20, "max_overflow": 30}
+        self.engine = sa.create_engine(url, **options)
+        if self.sqlite:
+            sa.event.listen(self.engine, "connect", _configure_sqlite)
+            sa.event.listen(self.engine, "begin", _begin_sqlite)
+        self._reader = self.engine.execution_options(isolation_level="AUTOCOMMIT")
+
+    @contextmanager
+    def reading(self) -> Iterator[orm.Session]:
+        """A session for reads, without a transaction."""
+        with orm.Session(self._reader, autoflush=False) as session:
+            yield session
+
+    @contextmanager
+    def writing(self) -> Iterator[orm.Session]:
+        """One write unit: committed at the end, rolled back on an exception. Keep it short."""
+        with orm.Session(self.engine, expire_on_commit=False) as session, session.begin():
+            yield session
+
+    def close(self) -> None:
+        self.engine.dispose()
+
+
+Row = TypeVar("Row", bound=Base)
+
+
+def owned(table: type[Row], principal: Principal) -> sa.Select[tuple[Row]]:
+    """The only way to select a tenant's rows."""
+    return sa.select(table).where(table.tenant == principal.tenant)  # type: ignore[attr-defined]
+
+
+def _configure_sqlite(connection: sqlite3.Connection, record: Any) -> None:
+    journal = "WAL" if sqlite3.sqlite_version_info >= WAL_FIXED else "TRUNCATE"
+    connection.isolation_level = None  # the transaction starts in _begin_sqlite
+    for pragma in ("busy_timeout=15000", f"journal_mode={journal}", "synchronous=FULL", "foreign_keys=ON"):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+def _begin_sqlite(connection: sa.Connection) -> None:
+    autocommit = connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT"
+    if not autocommit:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")

@@ -1,0 +1,92 @@
+"""The errors that the API answers with. No web framework: `problem.py` renders them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong: a stable code, a JSON pointer to where, and what to do about it."""
+
+    code: str
+    pointer: str
+    detail: str
+
+
+class DramError(Exception):
+    """Base. `detail` says what, where and how to mend it; `findings` lists every single thing wrong."""
+
+    status = 500
+    code = "internal_error"
+    title = "Internal error"
+
+    def __init__(
+        self, detail: str, *, code: str = "", findings: tuple[Finding, ...] = (), headers: dict[str, str] | None = None
+    ) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.code = code or self.code
+        self.findings = findings
+        self.headers = headers or {}
+
+    def document(self, **more: Any) -> dict[str, Any]:
+        """RFC 9457 members."""
+        return {
+            "type": f"urn:dram:error:{self.code}",
+            "title": self.title,
+            "status": self.status,
+            "code": self.code,
+            "detail": self.detail,
+            "errors": [vars(finding) for finding in self.findings],
+            **more,
+        }
+
+
+class BadRequest(DramError):
+    status, code, title = 400, "bad_request", "Malformed request"
+
+
+class Unauthenticated(DramError):
+    status, code, title = 401, "unauthenticated", "No valid API key"
+
+
+class Forbidden(DramError):
+    status, code, title = 403, "forbidden", "Not allowed with this key"
+
+
+class NotFound(DramError):
+    status, code, title = 404, "not_found", "Not found"
+
+
+class RequestTimeout(DramError):
+    status, code, title = 408, "request_timeout", "The request took too long to arrive"
+
+
+class Conflict(DramError):
+    status, code, title = 409, "conflict", "Not possible in the present state"
+
+
+class TooLarge(DramError):
+    status, code, title = 413, "too_large", "Request too large"
+
+
+class UnsupportedMedia(DramError):
+    status, code, title = 415, "unsupported_media_type", "Unsupported media type"
+
+
+class Invalid(DramError):
+    status, code, title = 422, "invalid", "Invalid input"
+
+
+class TooMany(DramError):
+    status, code, title = 429, "too_many_requests", "Too many requests"
+
+
+class Unavailable(DramError):
+    status, code, title = 503, "unavailable", "Not available at present"
+
+
+class InsufficientStorage(DramError):
+    status, code, title = 507, "insufficient_storage", "No room to store this"

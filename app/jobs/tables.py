@@ -1,0 +1,144 @@
+"""Jobs, their stages and shards, what they made, and what happened. The database is the truth."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.orm import Mapped, mapped_column
+
+from app.db import Base, now
+
+
+class Job(Base):
+    __tablename__ = "jobs"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    tenant: Mapped[str] = mapped_column(index=True)
+    dataset_id: Mapped[str] = mapped_column(sa.ForeignKey("datasets.id"))
+    teacher: Mapped[str]
+    method: Mapped[str]
+    student: Mapped[str]
+    preset: Mapped[str]
+    params: Mapped[dict[str, Any]]
+    seed: Mapped[int]
+    labels: Mapped[dict[str, Any]]  # the caller's own metadata
+    sources: Mapped[dict[str, Any]]  # source -> {"files": {name: blob digest}, "digest": …}
+    shape: Mapped[dict[str, Any]]
+    status: Mapped[str] = mapped_column(index=True)
+    percent: Mapped[float] = mapped_column(default=0.0)
+    attempt: Mapped[int] = mapped_column(default=1)
+    error: Mapped[dict[str, Any] | None] = mapped_column(sa.JSON(none_as_null=True))
+    cancel_requested: Mapped[bool] = mapped_column(default=False)
+    student_id: Mapped[str | None]
+    last_event: Mapped[int] = mapped_column(default=0)  # number of the newest event
+    created_at: Mapped[float] = mapped_column(default=now())
+    started_at: Mapped[float | None]
+    finished_at: Mapped[float | None]
+    deadline_at: Mapped[float | None]
+
+
+class JobStage(Base):
+    __tablename__ = "job_stages"
+    __table_args__ = (sa.UniqueConstraint("job_id", "position"),)
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    job_id: Mapped[str] = mapped_column(sa.ForeignKey("jobs.id"), index=True)
+    position: Mapped[int]
+    name: Mapped[str]
+    key: Mapped[str]
+    output: Mapped[str]
+    needs: Mapped[list[Any]]  # outputs of other stages that must exist first
+    queue: Mapped[str]
+    weight: Mapped[float]
+    params: Mapped[dict[str, Any]]
+    shards: Mapped[int]
+    status: Mapped[str]  # waiting, ready, running, succeeded, reused, failed, cancelled
+    percent: Mapped[float] = mapped_column(default=0.0)
+    started_at: Mapped[float | None]
+    finished_at: Mapped[float | None]
+
+
+class Shard(Base):
+    """The unit of work: what one worker claims. `epoch` is the fencing token of the newest claim."""
+
+    __tablename__ = "shards"
+    __table_args__ = (sa.Index("ix_shards_status_lease_until", "status", "lease_until"),)
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    job_id: Mapped[str] = mapped_column(sa.ForeignKey("jobs.id"), index=True)
+    stage_id: Mapped[str] = mapped_column(sa.ForeignKey("job_stages.id"), index=True)
+    position: Mapped[int]
+    key: Mapped[str] = mapped_column(index=True)
+    queue: Mapped[str]
+    status: Mapped[str]  # waiting, ready, running, succeeded, reused, failed, cancelled
+    epoch: Mapped[int] = mapped_column(default=0)
+    attempt: Mapped[int] = mapped_column(default=0)
+    worker: Mapped[str | None]
+    lease_until: Mapped[float | None]
+    ready_at: Mapped[float | None]
+    rung_at: Mapped[float | None]
+    rings: Mapped[int] = mapped_column(default=0)
+    step: Mapped[int] = mapped_column(default=0)
+    total: Mapped[int] = mapped_column(default=0)
+    step_at: Mapped[float | None]
+    checkpoint: Mapped[dict[str, Any] | None] = mapped_column(sa.JSON(none_as_null=True))  # {"step", "files"}
+    started_at: Mapped[float | None]
+
+
+class StageOutput(Base):
+    """What a shard made, by its key: found again by any later job of the tenant with the same key."""
+
+    __tablename__ = "stage_outputs"
+
+    tenant: Mapped[str] = mapped_column(primary_key=True)
+    key: Mapped[str] = mapped_column(primary_key=True)
+    files: Mapped[dict[str, Any]]  # name -> blob digest
+    bytes: Mapped[int]
+    created_at: Mapped[float] = mapped_column(default=now())
+    used_at: Mapped[float] = mapped_column(default=now())
+
+
+class JobEvent(Base):
+    __tablename__ = "job_events"
+
+    job_id: Mapped[str] = mapped_column(sa.ForeignKey("jobs.id"), primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True)
+    type: Mapped[str]
+    data: Mapped[dict[str, Any]]
+    created_at: Mapped[float] = mapped_column(default=now())
+
+
+class JobMetric(Base):
+    """A point of a training curve. A resumed stage writes the same points again: the newest stands."""
+
+    __tablename__ = "job_metrics"
+
+    job_id: Mapped[str] = mapped_column(sa.ForeignKey("jobs.id"), primary_key=True)
+    stage: Mapped[str] = mapped_column(primary_key=True)
+    shard: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(primary_key=True)
+    step: Mapped[int] = mapped_column(primary_key=True)
+    value: Mapped[float]
+
+
+class IdempotencyKey(Base):
+    __tablename__ = "idempotency_keys"
+
+    tenant: Mapped[str] = mapped_column(primary_key=True)
+    key: Mapped[str] = mapped_column(primary_key=True)
+    request_digest: Mapped[str]
+    resource_id: Mapped[str]
+    created_at: Mapped[float] = mapped_column(default=now())
+
+
+class Worker(Base):
+    """A worker process that is alive; its row is what readiness looks at."""
+
+    __tablename__ = "workers"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    queues: Mapped[list[Any]]
+    device: Mapped[str]
+    started_at: Mapped[float] = mapped_column(default=now())
+    seen_at: Mapped[float] = mapped_column(default=now())

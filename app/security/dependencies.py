@@ -1,0 +1,34 @@
+"""FastAPI dependencies: the wiring of this process, and who is calling."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, cast
+
+from fastapi import Depends, Request
+
+from app.errors import Forbidden
+from app.keys import service as keys
+from app.security.principal import Principal
+from app.wiring import Wiring
+
+
+def wiring(request: Request) -> Wiring:
+    return cast(Wiring, request.app.state.wiring)
+
+
+Wired = Annotated[Wiring, Depends(wiring)]
+
+
+def allowed(scope: str) -> Any:
+    """`principal: Annotated[Principal, allowed("jobs:read")]`: 401 without a valid key, 403 without the scope."""
+
+    async def principal(request: Request) -> Principal:
+        caller = await keys.authenticate(wiring(request), request.headers)
+        if not caller.may(scope):
+            raise Forbidden(
+                f"This key has no scope '{scope}' (it has: {', '.join(sorted(caller.scopes)) or 'none'}). "
+                "Ask an administrator for a key with it."
+            )
+        return caller
+
+    return Depends(principal)

@@ -1,0 +1,12 @@
+"""Every table, so that `Base.metadata` is complete: what Alembic compares."""
+
+from app.datasets.tables import Dataset, DatasetImage
+from app.db import Base
+from app.jobs.tables import IdempotencyKey, Job, JobEvent, JobMetric, JobStage, Shard, StageOutput, Worker
+from app.keys.tables import ApiKey
+from app.students.tables import Student
+
+__all__ = [
+    "ApiKey", "Base", "Dataset", "DatasetImage", "IdempotencyKey", "Job", "JobEvent", "JobMetric", "JobStage",
+    "Shard", "StageOutput", "Student", "Worker",
+]  # fmt: skip

@@ -1,0 +1,32 @@
+"""What an entry point builds once and hands down: settings, database, blobs, doorbell."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from app import storage
+from app.db import Database
+from app.doorbell import Doorbell
+from app.settings import Settings
+from app.storage import BlobStore
+
+
+@dataclass(frozen=True)
+class Wiring:
+    settings: Settings
+    database: Database
+    blobs: BlobStore
+    doorbell: Doorbell
+
+    @classmethod
+    def build(cls, settings: Settings) -> Wiring:
+        return cls(
+            settings=settings,
+            database=Database(settings.database),
+            blobs=storage.connect(settings.storage, settings.storage_options),
+            doorbell=Doorbell(settings.redis),
+        )
+
+    def close(self) -> None:
+        self.doorbell.close()
+        self.database.close()

@@ -1,0 +1,37 @@
+"""What can go wrong in the mathematics, in words a user can act on. No torch, no HTTP."""
+
+
+class ModelsError(Exception):
+    """Base. `code` is stable; `hint` says how to mend it; `retryable` whether the same work may succeed later."""
+
+    code = "models_error"
+    retryable = False
+
+    def __init__(self, detail: str, hint: str = "") -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.hint = hint
+
+
+class DataError(ModelsError):
+    """The images cannot be used as asked."""
+
+    code = "data_unusable"
+
+
+class TeacherError(ModelsError):
+    """The teacher cannot be loaded or does not answer as it must."""
+
+    code = "teacher_unusable"
+
+
+class TrainingError(ModelsError):
+    """Training did not work, for example the loss is no number."""
+
+    code = "training_failed"
+
+
+class ExportError(ModelsError):
+    """The exported graph does not do what the network does."""
+
+    code = "export_failed"
