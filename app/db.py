@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy import orm
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import GenericFunction
 
@@ -85,7 +86,7 @@ class Database:
 Row = TypeVar("Row", bound=Base)
 
 
-def owned(table: type[Row], principal: Principal) -> sa.Select[tuple[Row]]:
+def owned(table: type[Row], principal: Principal) -> sa.Select[Row]:
     """The only way to select a tenant's rows."""
     return sa.select(table).where(table.tenant == principal.tenant)  # type: ignore[attr-defined]
 
@@ -101,3 +102,24 @@ def _begin_sqlite(connection: sa.Connection) -> None:
     autocommit = connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT"
     if not autocommit:
         connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+def upsert(
+    session: orm.Session, table: type[Base], rows: list[dict[str, Any]], *, update: tuple[str, ...] = ()
+) -> int:
+    """Insert rows; where the primary key exists, set the `update` columns, or leave the old row if there are none.
+
+    Returns how many rows were written.
+    """
+    if not rows:
+        return 0
+    insert = postgresql.insert if session.get_bind().dialect.name == "postgresql" else sqlite.insert
+    statement = insert(table).values(rows)
+    key = list(sa.inspect(table).primary_key)
+    if update:
+        statement = statement.on_conflict_do_update(
+            index_elements=key, set_={name: statement.excluded[name] for name in update}
+        )
+    else:
+        statement = statement.on_conflict_do_nothing(index_elements=key)
+    return int(session.execute(statement).rowcount)  # type: ignore[attr-defined]

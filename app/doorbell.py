@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import structlog
 from celery import Celery
 from kombu.exceptions import OperationalError
@@ -11,22 +13,29 @@ log = structlog.get_logger()
 TASK = "workers.tasks.run_shard"
 
 
+def celery(redis_url: str, **transport: Any) -> Celery:
+    """A Celery application that speaks to our workers: JSON ids only, no results. `transport`: broker options."""
+    application = Celery("dram", broker=redis_url)
+    application.conf.update(
+        task_ignore_result=True,
+        result_backend=None,
+        task_serializer="json",
+        accept_content=["json"],
+        task_default_queue="gpu",
+        broker_connection_retry_on_startup=True,
+        broker_transport_options={"global_keyprefix": "dram:", "socket_keepalive": True} | transport,
+    )
+    return application
+
+
 class Doorbell:
+    """Rings for ready shards. Gives up within about a second, so that no request hangs on Redis."""
+
     def __init__(self, redis_url: str) -> None:
-        self._celery = Celery("dram", broker=redis_url)
-        self._celery.conf.update(
-            task_serializer="json",
-            result_backend=None,
-            broker_transport_options={
-                "global_keyprefix": "dram:",
-                "socket_connect_timeout": 1,
-                "socket_timeout": 1,
-                "max_retries": 1,
-                "interval_start": 0,
-                "interval_step": 0.2,
-                "interval_max": 0.5,
-            },
-        )
+        self._celery = celery(
+            redis_url, socket_connect_timeout=1, socket_timeout=1,
+            max_retries=1, interval_start=0, interval_step=0.2, interval_max=0.5,
+        )  # fmt: skip
 
     def ring(self, shard_id: str, queue: str) -> bool:
         """Tell the workers of `queue` that a shard is ready. False where Redis did not take it."""
@@ -36,6 +45,11 @@ class Doorbell:
             log.warning("doorbell_failed", shard=shard_id, error=str(error))
             return False
         return True
+
+    def ping(self) -> None:
+        """Raise OperationalError or OSError where Redis does not answer."""
+        with self._celery.connection_for_write() as connection:
+            connection.ensure_connection(max_retries=1, interval_start=0, timeout=1)
 
     def close(self) -> None:
         self._celery.close()

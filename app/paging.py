@@ -24,7 +24,7 @@ class Page(BaseModel, Generic[Item]):
 
 
 def newest(
-    session: Session, select: sa.Select[tuple[Row]], id_column: Any, *, limit: int, after: str | None
+    session: Session, select: sa.Select[Row], id_column: Any, *, limit: int, after: str | None
 ) -> tuple[list[Row], bool]:
     """Rows below `after`, newest first (ids sort by time), and whether more follow."""
     if after is not None:

@@ -10,8 +10,10 @@ import hashlib
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, cast
 
@@ -37,6 +39,9 @@ class BlobStore(Protocol):
     def size(self, digest: str) -> int: ...
 
     def delete(self, digest: str) -> None: ...
+
+    def older_than(self, seconds: float) -> Iterator[str]:
+        """Digests of the blobs that were written longer ago."""
 
     def check(self) -> None:
         """Raise OSError where the store cannot be written."""
@@ -64,7 +69,7 @@ class LocalStore:
             if not target.exists():
                 target.parent.mkdir(exist_ok=True)
                 temporary.chmod(0o444)
-                os.replace(temporary, target)
+                temporary.replace(target)
                 _sync_folder(target.parent)
         return name
 
@@ -87,6 +92,12 @@ class LocalStore:
 
     def delete(self, digest: str) -> None:
         self.path(digest).unlink(missing_ok=True)
+
+    def older_than(self, seconds: float) -> Iterator[str]:
+        until = time.time() - seconds
+        for path in self.root.glob("[0-9a-f][0-9a-f]/*"):
+            if path.stat().st_mtime < until:
+                yield path.name
 
     def check(self) -> None:
         with self._temporary() as temporary:
@@ -113,11 +124,7 @@ class RemoteStore:
         return f"{self.root}/{digest[:2]}/{digest}"
 
     def put(self, path: Path) -> str:
-        name = hashlib.sha256()
-        with path.open("rb") as source:
-            while chunk := source.read(_CHUNK):
-                name.update(chunk)
-        digest = name.hexdigest()
+        digest = digest_of(path)
         if not self.exists(digest):
             self.files.put_file(str(path), self.path(digest))
         return digest
@@ -125,11 +132,10 @@ class RemoteStore:
     def fetch(self, digest: str, path: Path) -> None:
         partial = path.with_name(path.name + ".partial")
         self.files.get_file(self.path(digest), str(partial))
-        with partial.open("rb") as source:
-            if hashlib.file_digest(source, "sha256").hexdigest() != digest:
-                partial.unlink()
-                raise OSError(f"blob {digest} is damaged in the store: its content has another digest")
-        os.replace(partial, path)
+        if digest_of(partial) != digest:
+            partial.unlink()
+            raise OSError(f"blob {digest} is damaged in the store: its content has another digest")
+        partial.replace(path)
 
     def open(self, digest: str) -> BinaryIO:
         return cast(BinaryIO, self.files.open(self.path(digest), "rb"))
@@ -144,8 +150,21 @@ class RemoteStore:
         if self.exists(digest):
             self.files.rm_file(self.path(digest))
 
+    def older_than(self, seconds: float) -> Iterator[str]:
+        until = datetime.now(UTC) - timedelta(seconds=seconds)
+        for path in self.files.find(self.root):
+            name = path.rsplit("/", 1)[-1]
+            if len(name) == 64 and self.files.modified(path) < until:
+                yield name
+
     def check(self) -> None:
         self.files.pipe_file(f"{self.root}/.check", b"ok")
+
+
+def digest_of(path: Path) -> str:
+    """sha-256 of a file's content."""
+    with path.open("rb") as source:
+        return hashlib.file_digest(source, "sha256").hexdigest()
 
 
 def _copy_hashing(source: Path, target: Path) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -132,7 +132,9 @@ class Method:
     needs: frozenset[TeacherOutput]
     params: type[Params]
     stages: tuple[Stage, ...]
-    presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # preset -> nested parameter values
+    presets: Mapping[str, Mapping[str, Any]] = field(
+        default_factory=dict
+    )  # preset -> nested parameter values
 
     def __post_init__(self) -> None:
         made = set(SOURCES)
@@ -143,7 +145,9 @@ class Method:
                         f"method '{self.name}', stage '{stage.name}': input '{name}' is made by no earlier stage"
                     )
             if stage.output in made:
-                raise ValueError(f"method '{self.name}', stage '{stage.name}': '{stage.output}' is made twice")
+                raise ValueError(
+                    f"method '{self.name}', stage '{stage.name}': '{stage.output}' is made twice"
+                )
             if stage.params is not None and stage.params not in self.params.model_fields:
                 raise ValueError(
                     f"method '{self.name}', stage '{stage.name}': no parameter group '{stage.params}'"
@@ -219,7 +223,7 @@ def registry(*methods: Method) -> dict[str, Method]:
     return by_name
 
 
-def inputs_of(stage: Stage, available: Sequence[str] | Mapping[str, Any]) -> tuple[str, ...]:
+def inputs_of(stage: Stage, available: Container[str]) -> tuple[str, ...]:
     """The input names that a stage will get, given which artefacts the job has."""
     return (*stage.inputs, *(name for name in stage.optional if name in available))
 

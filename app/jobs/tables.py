@@ -55,6 +55,8 @@ class JobStage(Base):
     shards: Mapped[int]
     status: Mapped[str]  # waiting, ready, running, succeeded, reused, failed, cancelled
     percent: Mapped[float] = mapped_column(default=0.0)
+    step: Mapped[int] = mapped_column(default=0)  # summed over its shards
+    total: Mapped[int] = mapped_column(default=0)
     started_at: Mapped[float | None]
     finished_at: Mapped[float | None]
 
@@ -95,6 +97,9 @@ class StageOutput(Base):
     key: Mapped[str] = mapped_column(primary_key=True)
     files: Mapped[dict[str, Any]]  # name -> blob digest
     bytes: Mapped[int]
+    facts: Mapped[dict[str, Any] | None] = mapped_column(
+        sa.JSON(none_as_null=True)
+    )  # of the student; bundle only
     created_at: Mapped[float] = mapped_column(default=now())
     used_at: Mapped[float] = mapped_column(default=now())
 

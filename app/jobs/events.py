@@ -1,0 +1,25 @@
+"""What happened to a job, numbered without gaps. Appended in the transaction that made it happen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.orm import Session
+
+from app.jobs.tables import Job, JobEvent
+
+#: After one of these nothing more happens, unless the job is retried.
+TERMINAL = frozenset({"job.succeeded", "job.failed", "job.cancelled"})
+
+
+def append(session: Session, job: Job, type: str, **data: Any) -> None:
+    """Add the job's next event. The caller holds the job's row lock, so numbers have no gaps."""
+    job.last_event += 1
+    session.add(JobEvent(job_id=job.id, number=job.last_event, type=type, data=data))
+
+
+def after(session: Session, job_id: str, number: int, limit: int) -> list[JobEvent]:
+    """Events with a higher number, oldest first."""
+    select = sa.select(JobEvent).where(JobEvent.job_id == job_id, JobEvent.number > number)
+    return list(session.scalars(select.order_by(JobEvent.number).limit(limit)))

@@ -1,0 +1,75 @@
+"""From an order to rows: which stages and shards a job has, under which keys, and what need not run again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.orm import Session
+
+from app import ids
+from app.db import now
+from app.jobs import events
+from app.jobs.tables import Job, JobStage, Shard, StageOutput
+from models.pipeline import SOURCES, JobShape, Method, Params, PlannedStage, digest, inputs_of
+
+
+def stages(
+    method: Method, shape: JobShape, sources: Mapping[str, Mapping[str, Any]], params: Params, seed: int
+) -> tuple[PlannedStage, ...]:
+    """The method's stages for these sources (`{"support": {"files": {name: blob}}}`, …)."""
+    digests = {name: digest(source["files"]) for name, source in sources.items()}
+    return method.plan(shape, digests, params, seed)
+
+
+def reusable(session: Session, tenant: str, planned: tuple[PlannedStage, ...]) -> set[str]:
+    """Those shard keys whose output the tenant already has. They are marked as used now."""
+    keys = [key for stage in planned for key in stage.shard_keys]
+    mine = sa.and_(StageOutput.tenant == tenant, StageOutput.key.in_(keys))
+    return set(session.scalars(sa.select(StageOutput.key).where(mine)))
+
+
+def write(session: Session, job: Job, planned: tuple[PlannedStage, ...]) -> None:
+    """Write the job's stage and shard rows; what exists already is marked reused."""
+    existing = reusable(session, job.tenant, planned)
+    used = sa.and_(StageOutput.tenant == job.tenant, StageOutput.key.in_(existing))
+    session.execute(sa.update(StageOutput).where(used).values(used_at=now()))
+    made = {stage.stage.output for stage in planned}
+    for position, entry in enumerate(planned):
+        reused = existing.issuperset(entry.shard_keys)
+        needs = [name for name in inputs_of(entry.stage, made) if name in made and name not in SOURCES]
+        stage = JobStage(
+            id=ids.new("stg"), job_id=job.id, position=position, name=entry.stage.name, key=entry.key,
+            output=entry.stage.output, needs=needs, queue=entry.stage.queue, weight=entry.stage.weight,
+            params=entry.params, shards=len(entry.shard_keys), status="reused" if reused else "waiting",
+            percent=100.0 if reused else 0.0,
+        )  # fmt: skip
+        session.add(stage)
+        session.flush()
+        session.add_all(
+            Shard(
+                id=ids.new("shd"), job_id=job.id, stage_id=stage.id, position=index, key=key,
+                queue=entry.stage.queue, status="reused" if key in existing else "waiting",
+            )
+            for index, key in enumerate(entry.shard_keys)
+        )  # fmt: skip
+        if reused:
+            events.append(session, job, "stage.reused", stage=stage.name)
+
+
+def shape_of(classes: int, smallest_class: int, splits: Mapping[str, Mapping[str, Any]]) -> JobShape:
+    """Counts of a data set that decide the plan."""
+    counts = {name: int(split["images"]) for name, split in splits.items()}
+    return JobShape(
+        classes=classes,
+        support=counts["support"],
+        smallest_class=smallest_class,
+        unlabelled=counts.get("unlabelled", 0),
+        test=counts.get("test", 0),
+    )
+
+
+def shape_document(shape: JobShape) -> dict[str, int]:
+    return asdict(shape)

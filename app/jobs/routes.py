@@ -1,0 +1,172 @@
+"""Jobs over HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections.abc import AsyncIterator
+from typing import Annotated
+
+from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi.concurrency import run_in_threadpool
+from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
+
+from app.db import owned
+from app.errors import BadRequest
+from app.jobs import lifecycle, service
+from app.jobs.events import TERMINAL
+from app.jobs.schemas import CurvePoint, EventView, JobOrder, JobView, PlanView, Status
+from app.jobs.tables import Job
+from app.paging import Limit, Page, newest
+from app.security.dependencies import Wired, allowed
+from app.security.principal import Principal
+from app.wiring import Wiring
+
+router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
+
+Reader = Annotated[Principal, allowed("jobs:read")]
+Writer = Annotated[Principal, allowed("jobs:write")]
+
+LONGEST_WAIT_S = 60.0
+_POLL_S = 0.25
+_PING_S = 15.0
+
+
+@router.post("", status_code=201, response_model=JobView, responses={200: {"model": PlanView | JobView}})
+def create(
+    order: JobOrder,
+    wired: Wired,
+    principal: Writer,
+    response: Response,
+    idempotency_key: Annotated[str | None, Header(max_length=255)] = None,
+) -> Response | JobView:
+    """Order a distillation. With an `Idempotency-Key`, sending the same order again answers the same job."""
+    if order.dry_run:
+        return _json(service.dry_run(wired, principal, order).model_dump_json())
+    key = idempotency_key.strip('"') if idempotency_key else None
+    submitted = service.submit(wired, principal, order, key)
+    response.headers["Location"] = submitted.job.urls["self"]
+    if submitted.replayed:
+        response.headers["Idempotent-Replayed"] = "true"
+    return submitted.job
+
+
+@router.get("", response_model=Page[JobView])
+def index(
+    wired: Wired,
+    principal: Reader,
+    limit: Limit = 20,
+    after: str | None = None,
+    status: Annotated[Status | None, Query(description="Only jobs in this state.")] = None,
+    dataset_id: str | None = None,
+) -> Response:
+    """Your jobs, newest first."""
+    select = owned(Job, principal)
+    if status is not None:
+        select = select.where(Job.status == status)
+    if dataset_id is not None:
+        select = select.where(Job.dataset_id == dataset_id)
+    with wired.database.reading() as session:
+        jobs, has_more = newest(session, select, Job.id, limit=limit, after=after)
+        page = Page[JobView](data=service.views(session, jobs), has_more=has_more)
+    return _json(page.model_dump_json())
+
+
+@router.get("/{job_id}", response_model=JobView)
+async def show(
+    job_id: str,
+    wired: Wired,
+    principal: Reader,
+    prefer: Annotated[
+        str | None, Header(description="`wait=30` holds the answer until the job has ended.")
+    ] = None,
+) -> Response:
+    """One job with its stages. With `Prefer: wait=N` the answer comes when the job ends, or after N seconds."""
+    job = await run_in_threadpool(service.read, wired, principal, job_id)
+    until = time.monotonic() + _wait(prefer)
+    while job.status not in lifecycle.FINISHED and time.monotonic() < until:
+        await asyncio.sleep(_POLL_S)
+        job = await run_in_threadpool(service.read, wired, principal, job_id)
+    return _json(job.model_dump_json())
+
+
+@router.post("/{job_id}/cancel", response_model=JobView, status_code=202)
+def cancel(job_id: str, wired: Wired, principal: Writer) -> JobView:
+    """Stop a job. A running stage stops within seconds; 409 when the job has ended."""
+    return service.cancel(wired, principal, job_id)
+
+
+@router.post("/{job_id}/retry", response_model=JobView, status_code=202)
+def retry(job_id: str, wired: Wired, principal: Writer) -> JobView:
+    """Continue a failed or cancelled job from what it had finished; 409 for any other."""
+    return service.retry(wired, principal, job_id)
+
+
+@router.get(
+    "/{job_id}/events",
+    response_model=Page[EventView],
+    responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
+)
+async def events(
+    job_id: str,
+    request: Request,
+    wired: Wired,
+    principal: Reader,
+    limit: Limit = 100,
+    after: Annotated[int, Query(ge=0, description="Number of the last event seen.")] = 0,
+    last_event_id: Annotated[str | None, Header()] = None,
+) -> Response:
+    """What happened to the job, oldest first. `Accept: text/event-stream` follows it until it ends."""
+    if last_event_id is not None:
+        if not last_event_id.isdigit():
+            raise BadRequest(f"Last-Event-ID must be the number of an event, not '{last_event_id[:40]}'.")
+        after = int(last_event_id)
+    found = await run_in_threadpool(service.events_after, wired, principal, job_id, after, limit + 1)
+    if "text/event-stream" in request.headers.get("accept", ""):
+        stream = _follow(request, wired, principal, job_id, after)
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        return EventSourceResponse(stream, headers=headers)
+    return _json(Page[EventView](data=found[:limit], has_more=len(found) > limit).model_dump_json())
+
+
+@router.get("/{job_id}/metrics", response_model=Page[CurvePoint])
+def metrics(job_id: str, wired: Wired, principal: Reader) -> Response:
+    """The training curves, all points."""
+    points = service.metrics(wired, principal, job_id)
+    return _json(Page[CurvePoint](data=points, has_more=False).model_dump_json())
+
+
+async def _follow(
+    request: Request, wired: Wiring, principal: Principal, job_id: str, after: int
+) -> AsyncIterator[bytes]:
+    """Server-sent events from `after` on. Ends after the event that ends the job."""
+    quiet_since = time.monotonic()
+    while not await request.is_disconnected():
+        found = await run_in_threadpool(service.events_after, wired, principal, job_id, after, 100)
+        for event in found:
+            after = event.id
+            yield format_sse_event(data_str=event.model_dump_json(), event=event.type, id=str(event.id))
+        if found and found[-1].type in TERMINAL:
+            return
+        if (
+            not found
+            and (await run_in_threadpool(service.read, wired, principal, job_id)).status in lifecycle.FINISHED
+        ):
+            return
+        if found:
+            quiet_since = time.monotonic()
+        elif time.monotonic() - quiet_since > _PING_S:
+            quiet_since = time.monotonic()
+            yield KEEPALIVE_COMMENT
+        await asyncio.sleep(_POLL_S)
+
+
+def _wait(prefer: str | None) -> float:
+    match = re.search(r"\bwait\s*=\s*(\d+)", prefer or "")
+    return min(float(match.group(1)), LONGEST_WAIT_S) if match else 0.0
+
+
+def _json(document: str) -> Response:
+    """A document that is already rendered; the route's response_model only documents it."""
+    return Response(document, media_type="application/json")

@@ -1,0 +1,114 @@
+"""What a job looks like from outside."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from app.schemas import Answer, Order, Time
+from models.pipeline import Preset
+
+Status = Literal["queued", "running", "cancelling", "succeeded", "failed", "cancelled"]
+StageStatus = Literal["waiting", "ready", "running", "succeeded", "reused", "failed", "cancelled"]
+
+
+class JobOrder(Order):
+    """What to distil, with which teacher, into which student."""
+
+    dataset_id: str = Field(description="From POST /v1/datasets.", examples=["ds_01k…"])
+    teacher_id: str = Field(description="From GET /v1/teachers.", examples=["efficientnet_lite0"])
+    method: str = Field("kd", description="From GET /v1/methods.")
+    student: str = Field(description="From GET /v1/architectures.", examples=["mobilenetv3_small_050"])
+    preset: Preset = Field("balanced", description="How much time to spend.")
+    params: dict[str, Any] = Field({}, description="Overrides of the method's parameters, grouped by stage.")
+    seed: int = Field(0, ge=0, lt=2**31)
+    precision: Literal["fp32", "int8"] = Field(
+        "fp32", description="int8 adds a quantised graph if accuracy holds."
+    )
+    metadata: dict[str, str] = Field({}, max_length=16, description="Your own labels, returned as they are.")
+    cancel_after_s: float | None = Field(
+        None, gt=0, le=30 * 86400, description="Cancel the job after this time."
+    )
+    dry_run: bool = Field(
+        False, description="Check and plan only; answers 200 with the plan and writes nothing."
+    )
+
+
+class Progress(Answer):
+    percent: float = Field(description="0 to 100; never falls.")
+    stage: str | None
+    step: int | None
+    total_steps: int | None
+    eta: Time | None
+
+
+class StageView(Answer):
+    name: str
+    status: StageStatus = Field(description="'reused': an earlier job made the same output.")
+    percent: float
+    shards: int
+    queue: str
+    started_at: Time | None
+    finished_at: Time | None
+
+
+class JobErrorView(Answer):
+    code: str
+    detail: str
+    stage: str | None
+    hint: str
+    retryable: bool
+
+
+class JobView(Answer):
+    object: Literal["job"]
+    id: str
+    status: Status
+    attempt: int = Field(description="1, and one more for each time that work was lost or retried.")
+    dataset_id: str
+    teacher_id: str
+    method: str
+    student: str
+    preset: str
+    params: dict[str, Any]
+    seed: int
+    progress: Progress
+    stages: list[StageView]
+    error: JobErrorView | None
+    student_id: str | None
+    metadata: dict[str, str]
+    urls: dict[str, str]
+    created_at: Time
+    started_at: Time | None
+    finished_at: Time | None
+
+
+class PlannedStageView(Answer):
+    name: str
+    key: str
+    shards: int
+    reused: bool
+
+
+class PlanView(Answer):
+    """Answer to a dry run."""
+
+    object: Literal["plan"]
+    params: dict[str, Any]
+    stages: list[PlannedStageView]
+
+
+class EventView(Answer):
+    id: int = Field(description="Number within the job, from 1, without gaps.")
+    type: str
+    data: dict[str, Any]
+    created_at: Time
+
+
+class CurvePoint(Answer):
+    stage: str
+    shard: int
+    name: str
+    step: int
+    value: float

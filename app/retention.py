@@ -1,0 +1,62 @@
+"""Forgets what nobody needs any more: old stage outputs, idempotency keys, worker rows, and blobs without a row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import sqlalchemy as sa
+import structlog
+from sqlalchemy.orm import Session
+
+from app.datasets.tables import Dataset
+from app.db import now
+from app.jobs.lifecycle import FINISHED
+from app.jobs.tables import IdempotencyKey, Job, Shard, StageOutput, Worker
+from app.students.tables import Student
+from app.wiring import Wiring
+
+log = structlog.get_logger()
+
+#: A blob is written before the row that names it, so a young blob without a row may still get one.
+YOUNG_S = 24 * 3600.0
+_WORKER_MEMORY_S = 3600.0
+
+
+def sweep(wiring: Wiring) -> int:
+    """Delete old rows, then the blobs that no row names. Returns how many blobs went."""
+    age = wiring.settings.retention_days * 86400
+    with wiring.database.writing() as session:
+        in_use = sa.select(Shard.key).join(Job, Shard.job_id == Job.id).where(Job.status.not_in(FINISHED))
+        old = sa.and_(StageOutput.used_at < now() - age, StageOutput.key.not_in(in_use))
+        session.execute(sa.delete(StageOutput).where(old))
+        session.execute(sa.delete(IdempotencyKey).where(IdempotencyKey.created_at < now() - age))
+        session.execute(sa.delete(Worker).where(Worker.seen_at < now() - _WORKER_MEMORY_S))
+    candidates = list(wiring.blobs.older_than(YOUNG_S))
+    with wiring.database.reading() as session:
+        named = set(_named(session))
+    swept = [digest for digest in candidates if digest not in named]
+    for digest in swept:
+        wiring.blobs.delete(digest)
+    log.info("swept", blobs=len(swept))
+    return len(swept)
+
+
+def _named(session: Session) -> Iterable[str]:
+    """Every digest that a row names."""
+    for splits in session.scalars(sa.select(Dataset.splits).where(Dataset.deleted_at.is_(None))):
+        yield from (split["digest"] for split in splits.values())
+    for sources in session.scalars(sa.select(Job.sources)):
+        yield from (digest for source in sources.values() for digest in source["files"].values())
+    for files in session.scalars(sa.select(StageOutput.files)):
+        yield from files.values()
+    for files in session.scalars(sa.select(Student.files)):
+        yield from files.values()
+    for checkpoint in session.scalars(sa.select(Shard.checkpoint).where(Shard.checkpoint.is_not(None))):
+        yield from _checkpoint_digests(checkpoint)
+
+
+def _checkpoint_digests(checkpoint: dict[str, Any] | None) -> Iterable[str]:
+    while checkpoint:
+        yield from checkpoint["files"].values()
+        checkpoint = checkpoint.get("previous")

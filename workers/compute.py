@@ -1,0 +1,197 @@
+"""Child side: the only door to torch. Reads claims as JSON lines, runs their stages, answers with messages.
+
+It never touches the database: it reads and stores blobs, and tells its parent, which holds the lease.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from app import storage
+from app.settings import Settings
+from app.storage import BlobStore
+from models import runtime
+from models.errors import ModelsError
+from models.methods import METHODS
+from models.pipeline import JobShape, StageContext, inputs_of
+
+_REPORT_PAUSE_S = 0.2
+
+
+def main() -> None:
+    settings = Settings.model_validate_json(sys.argv[1])
+    out = os.fdopen(os.dup(1), "wb", buffering=0)
+    os.dup2(2, 1)  # what libraries print must not mix with the messages
+    blobs = storage.connect(settings.storage, settings.storage_options)
+    _sweep(settings.home / "work")
+    for line in sys.stdin.buffer:
+        run(json.loads(line), settings, blobs, Voice(out))
+
+
+class Voice:
+    """Sends messages to the parent, progress not more often than it can matter."""
+
+    def __init__(self, out: BinaryIO) -> None:
+        self._out = out
+        self._reported = 0.0
+
+    def say(self, kind: str, **members: Any) -> None:
+        self._out.write(json.dumps({"kind": kind, **members}).encode() + b"\n")
+
+    def report(self, step: int, total: int, **metrics: float) -> None:
+        if metrics or time.monotonic() - self._reported > _REPORT_PAUSE_S:
+            self._reported = time.monotonic()
+            self.say("moved", step=step, total=total, metrics=metrics)
+
+
+def run(claim: Mapping[str, Any], settings: Settings, blobs: BlobStore, voice: Voice) -> None:
+    """Compute one shard and say how it ended."""
+    home = settings.home / "work" / str(os.getpid())
+    home.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f"{claim['shard_id']}-", dir=home))
+    try:
+        output = _computed(claim, settings, blobs, voice, folder)
+        files = _stored(blobs, output)
+        size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
+        voice.say("done", files=files, bytes=size, facts=_facts(output))
+    except ModelsError as error:
+        voice.say("failed", code=error.code, detail=error.detail, hint=error.hint, retryable=error.retryable)
+    except MemoryError:
+        hint = "Try a smaller batch_size, student or teacher."
+        voice.say(
+            "failed", code="out_of_memory", detail="The stage ran out of memory.", hint=hint, retryable=False
+        )
+    except Exception as error:
+        traceback.print_exc()
+        voice.say("failed", **_unforeseen(error))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _computed(
+    claim: Mapping[str, Any], settings: Settings, blobs: BlobStore, voice: Voice, folder: Path
+) -> Path:
+    method = METHODS[claim["method"]]
+    stage = method.stage(claim["stage"])
+    context = StageContext(
+        inputs={
+            name: tuple(
+                _fetched(blobs, files, folder / "inputs" / name / str(index))
+                for index, files in enumerate(claim["inputs"][name])
+            )
+            for name in inputs_of(stage, claim["inputs"])
+        },
+        output=folder / "output",
+        shape=JobShape(**claim["shape"]),
+        seed=claim["seed"],
+        device=str(runtime.resolve_device(settings.device)),
+        report=voice.report,
+        checkpoints=BlobCheckpoints(
+            blobs, voice, folder / "checkpoints", claim["checkpoint"], settings.checkpoint_s
+        ),
+        shard=claim["shard"],
+        shards=claim["shards"],
+    )
+    context.output.mkdir()
+    stage.run(context, method.stage_params(stage, claim["params"]))
+    return context.output
+
+
+class BlobCheckpoints:
+    """Checkpoints as blobs, so that another machine can go on from them."""
+
+    def __init__(
+        self, blobs: BlobStore, voice: Voice, folder: Path, newest: Mapping[str, Any] | None, pause_s: float
+    ) -> None:
+        self._blobs, self._voice, self._folder, self._newest = blobs, voice, folder, newest
+        self._pause_s, self._saved = pause_s, time.monotonic()
+
+    def latest(self) -> Path | None:
+        """The newest checkpoint whose blobs are all there and whole, else the one before it."""
+        kept = self._newest
+        while kept:
+            try:
+                return _fetched(
+                    self._blobs, kept["files"], self._folder / f"step-{kept['step']}", verify=True
+                )
+            except OSError as error:
+                print(f"checkpoint at step {kept['step']} is unusable: {error}", file=sys.stderr)
+                kept = kept.get("previous")
+        return None
+
+    def due(self) -> bool:
+        return time.monotonic() - self._saved >= self._pause_s
+
+    def save(self, step: int, write: Callable[[Path], None]) -> None:
+        folder = Path(tempfile.mkdtemp(prefix="saving-", dir=self._folder.parent))
+        write(folder)
+        self._voice.say("kept", step=step, files=_stored(self._blobs, folder))
+        shutil.rmtree(folder)
+        self._saved = time.monotonic()
+
+
+def _fetched(blobs: BlobStore, files: Mapping[str, str], folder: Path, *, verify: bool = False) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, digest in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        blobs.fetch(digest, path)
+        if verify and storage.digest_of(path) != digest:
+            raise OSError(f"blob {digest} of '{name}' is damaged")
+    return folder
+
+
+def _stored(blobs: BlobStore, folder: Path) -> dict[str, str]:
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): blobs.put(path) for path in paths}
+
+
+def _sweep(work: Path) -> None:
+    """Remove what compute processes of this machine left behind when they were killed."""
+    for folder in work.glob("[0-9]*"):
+        if not Path(f"/proc/{folder.name}").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _facts(output: Path) -> dict[str, Any] | None:
+    """What the student's row shows, from the report in the bundle."""
+    path = output / "report.json"
+    if not (path.exists() and (output / "bundle.zip").exists()):
+        return None
+    report = json.loads(path.read_text())
+    return {"classes": report["classes"], "summary": report["summary"]}
+
+
+def _unforeseen(error: Exception) -> dict[str, Any]:
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        detail = "The worker's disk or the blob store is full."
+        return {
+            "code": "disk_full",
+            "detail": detail,
+            "hint": "Free space, then retry the job.",
+            "retryable": True,
+        }
+    kind = type(error).__name__
+    if kind == "OutOfMemoryError":
+        detail = "The stage ran out of GPU memory."
+        hint = "Try a smaller batch_size, student or teacher."
+        return {"code": "out_of_memory", "detail": detail, "hint": hint, "retryable": False}
+    detail = (
+        f"The stage failed unexpectedly ({kind}). The worker's log has the traceback under this job's id."
+    )
+    return {"code": "internal_error", "detail": detail, "hint": "", "retryable": False}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""Keeps a worker's claim on a shard alive, and says when it must stop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Literal, TypeVar
+
+import sqlalchemy as sa
+import structlog
+from sqlalchemy.orm import Session
+
+from app.jobs import lifecycle
+from app.jobs.lifecycle import Claim, LeaseLost
+from app.wiring import Wiring
+
+log = structlog.get_logger()
+Result = TypeVar("Result")
+Verdict = lifecycle.Verdict | Literal["lost"]
+
+_PAUSE_S = 0.5
+
+
+class Lease:
+    """One claim. A database that does not answer is borne until the lease would have ended."""
+
+    def __init__(self, wiring: Wiring, claim: Claim) -> None:
+        self.claim = claim
+        self._database = wiring.database
+        self._settings = wiring.settings
+        self._step, self._total = 0, 0
+        self._points: list[tuple[int, str, float]] = []
+        self._renewed = self._tried = time.monotonic()
+
+    def progress(self, step: int, total: int, metrics: dict[str, float]) -> None:
+        """Note progress; the next renewal writes it."""
+        self._step, self._total = step, total
+        self._points += [(step, name, value) for name, value in metrics.items()]
+
+    def keep(self) -> Verdict:
+        """Renew when due."""
+        if time.monotonic() - self._tried < self._settings.heartbeat_s:
+            return "go on"
+        return self.renew()
+
+    def renew(self) -> Verdict:
+        """Renew now, and write the progress noted since."""
+        self._tried = time.monotonic()
+        points, self._points = self._points, []
+        try:
+            with self._database.writing() as session:
+                verdict = lifecycle.renew(
+                    session, self.claim, self._settings, self._step, self._total, points
+                )
+        except LeaseLost:
+            return "lost"
+        except sa.exc.DBAPIError as error:
+            self._points = points + self._points
+            log.warning("renewal_failed", shard=self.claim.shard_id, error=str(error.orig))
+            return "lost" if time.monotonic() - self._renewed > self._settings.lease_ttl_s else "go on"
+        self._renewed = time.monotonic()
+        return verdict
+
+    def finish(self, write: Callable[[Session], Result]) -> Result:
+        """Run the write unit that ends the claim. Tried again while the database is away. Raises LeaseLost."""
+        until = time.monotonic() + self._settings.lease_ttl_s
+        while True:
+            try:
+                with self._database.writing() as session:
+                    return write(session)
+            except sa.exc.OperationalError:
+                if time.monotonic() > until:
+                    raise LeaseLost(self.claim.shard_id) from None
+                time.sleep(_PAUSE_S)

@@ -1,0 +1,134 @@
+"""Parent side of the compute process: start it, give it a claim, hear its messages, kill its process group.
+
+The child (`workers.compute`) is the only one that imports torch. It stays warm between shards, so that a teacher
+is loaded once; it dies with its parent, and its memory and GPU really return when it is killed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from app.jobs.lifecycle import Claim
+from app.settings import Settings
+
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Moved:
+    """Progress of the stage."""
+
+    step: int
+    total: int
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A checkpoint has been stored."""
+
+    step: int
+    files: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Done:
+    """The output has been stored. `facts`: about the student, where this was the bundle."""
+
+    files: dict[str, str]
+    bytes: int
+    facts: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Failed:
+    code: str
+    detail: str
+    hint: str
+    retryable: bool
+
+
+@dataclass(frozen=True)
+class Died:
+    """The process ended without a word: its exit status, negative for a signal."""
+
+    status: int
+
+
+Message = Moved | Kept | Done | Failed | Died
+_KINDS: dict[str, type[Moved | Kept | Done | Failed]] = {
+    "moved": Moved,
+    "kept": Kept,
+    "done": Done,
+    "failed": Failed,
+}
+
+
+class ComputeProcess:
+    """One child, started when first needed."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._process: subprocess.Popen[bytes] | None = None
+        self._pending = b""
+
+    def start(self, claim: Claim) -> None:
+        """Hand a claim to the child."""
+        if self._process is None or self._process.poll() is not None:
+            self.kill()
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "workers.compute", self._settings.model_dump_json()],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                start_new_session=True,
+                preexec_fn=_die_with_parent,
+            )
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(asdict(claim)).encode() + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            return  # it died just now: `message` says so
+
+    def message(self, timeout: float) -> Message | None:
+        """The child's next message, or None after `timeout` seconds."""
+        assert self._process is not None
+        assert self._process.stdout is not None
+        if b"\n" not in self._pending:
+            readable, _, _ = select.select([self._process.stdout], [], [], timeout)
+            if not readable:
+                return None
+            chunk = os.read(self._process.stdout.fileno(), 1 << 16)
+            if not chunk:
+                return Died(self._process.wait())
+            self._pending += chunk
+            if b"\n" not in self._pending:
+                return None
+        line, self._pending = self._pending.split(b"\n", 1)
+        document = json.loads(line)
+        return _KINDS[document.pop("kind")](**document)
+
+    def kill(self) -> None:
+        """End the child and everything it started."""
+        if self._process is None:
+            return
+        with suppress(ProcessLookupError):  # it ended by itself
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                pipe.close()
+        self._process, self._pending = None, b""
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

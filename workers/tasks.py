@@ -1,0 +1,154 @@
+"""What a ring does: claim the shard, have it computed, record the result, ring for what became ready. No torch."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import structlog
+from celery.signals import worker_process_init, worker_process_shutdown
+from sqlalchemy.orm import Session
+from structlog.contextvars import bound_contextvars
+
+from app.jobs import lifecycle, service
+from app.jobs.lifecycle import Claim, JobError, LeaseLost, Ready
+from app.settings import Settings
+from app.wiring import Wiring
+from workers.celery_app import app
+from workers.lease import Lease
+from workers.runner import ComputeProcess, Died, Done, Failed, Kept, Moved
+
+log = structlog.get_logger()
+
+_POLL_S = 0.1
+
+
+class Stopping(BaseException):
+    """This worker was told to stop; not an Exception, so that no handler on the way swallows it."""
+
+
+class Bench:
+    """What one pool process works with: its wiring and its warm compute process. Made after the fork."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.wiring = Wiring.build(settings)
+        self.compute = ComputeProcess(settings)
+        self.worker = (
+            f"{socket.gethostname()}:{os.getppid()}/{os.getpid()}"  # the parent's id is the watchdog's
+        )
+
+
+_bench: Bench | None = None
+
+
+def bench() -> Bench:
+    global _bench
+    if _bench is None:
+        _bench = Bench(Settings())
+    return _bench
+
+
+@app.task(name="workers.tasks.run_shard")  # type: ignore[untyped-decorator]
+def run_shard(shard_id: str) -> None:
+    here = bench()
+    with here.wiring.database.writing() as session:
+        claim, ready = lifecycle.claim(session, shard_id, here.worker, here.wiring.settings)
+    if claim is not None:
+        with bound_contextvars(job=claim.job_id, stage=claim.stage, shard=claim.shard, attempt=claim.attempt):
+            log.info("claimed")
+            ready = work(here.wiring, here.compute, claim)
+    service.announce(here.wiring, ready)
+
+
+def work(wiring: Wiring, compute: ComputeProcess, claim: Claim) -> list[Ready]:
+    """Have the claim computed and record how it ended. Returns the shards that became ready."""
+    lease = Lease(wiring, claim)
+    try:
+        ending = _computed(lease, compute, claim, wiring.settings)
+        ready = lease.finish(ending)
+    except LeaseLost:
+        compute.kill()
+        log.warning("lease_lost")
+        return []
+    except Stopping:
+        compute.kill()
+        ready = lease.finish(partial(lifecycle.release, held=claim))
+        log.info("released")
+        service.announce(wiring, ready)
+        raise
+    return ready
+
+
+def _computed(
+    lease: Lease, compute: ComputeProcess, claim: Claim, settings: Settings
+) -> Callable[[Session], list[Ready]]:
+    """Watch the compute process until it ends. Returns the write unit that records the ending."""
+    compute.start(claim)
+    while True:
+        message = compute.message(timeout=_POLL_S)
+        match message:
+            case Moved():
+                lease.progress(message.step, message.total, message.metrics)
+            case Kept():
+                lease.finish(
+                    partial(lifecycle.keep_checkpoint, held=claim, step=message.step, files=message.files)
+                )
+            case Done():
+                if lease.renew() == "lost":
+                    raise LeaseLost(claim.shard_id)
+                log.info("computed", bytes=message.bytes)
+                return partial(
+                    lifecycle.complete,
+                    held=claim,
+                    files=message.files,
+                    size=message.bytes,
+                    facts=message.facts,
+                )
+            case Failed():
+                log.warning("failed", code=message.code, detail=message.detail)
+                error = JobError(message.code, message.detail, message.hint, message.retryable)
+                return partial(lifecycle.fail, held=claim, error=error, settings=settings)
+            case Died():
+                log.warning("compute_died", status=message.status)
+                return partial(lifecycle.fail, held=claim, error=_death(message.status), settings=settings)
+        match lease.keep():
+            case "cancel":
+                compute.kill()
+                log.info("cancelled")
+                return partial(lifecycle.stopped, held=claim)
+            case "stalled":
+                compute.kill()
+                detail = f"No progress for {settings.stall_s:.0f} s; the compute process was stopped."
+                error = JobError("stage_stalled", detail, retryable=True)
+                return partial(lifecycle.fail, held=claim, error=error, settings=settings)
+            case "lost":
+                raise LeaseLost(claim.shard_id)
+
+
+def _death(status: int) -> JobError:
+    if status == -signal.SIGKILL:
+        detail = "The compute process was killed, most likely because the machine ran out of memory."
+        return JobError(
+            "out_of_memory", detail, "Try a smaller batch_size, student or teacher.", retryable=True
+        )
+    return JobError("compute_crashed", f"The compute process ended with status {status}.", retryable=True)
+
+
+def _stop(signum: int, frame: Any) -> None:
+    raise Stopping
+
+
+@worker_process_init.connect  # type: ignore[untyped-decorator]
+def _on_start(**_: Any) -> None:
+    signal.signal(signal.SIGTERM, _stop)
+
+
+@worker_process_shutdown.connect  # type: ignore[untyped-decorator]
+def _on_stop(**_: Any) -> None:
+    if _bench is not None:
+        _bench.compute.kill()
+        _bench.wiring.close()
