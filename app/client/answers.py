@@ -1,0 +1,127 @@
+"""What the service answers, typed. Members that a newer service adds are kept as further attributes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any, Generic, TypeVar
+
+from pydantic import BaseModel, ConfigDict
+
+#: A job in one of these does not change any more, unless it is retried.
+FINISHED = frozenset({"succeeded", "failed", "cancelled"})
+
+
+class Answer(BaseModel):
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+
+Item = TypeVar("Item", bound=Answer)
+
+
+class Page(Answer, Generic[Item]):
+    """One page of a list. When `has_more`, ask again with `after` = the id of the last item."""
+
+    data: Sequence[Item]
+    has_more: bool = False
+
+
+class Dataset(Answer):
+    id: str
+    name: str
+    classes: list[Any]
+    splits: dict[str, Any] = {}
+    report: dict[str, Any] = {}
+
+
+class Progress(Answer):
+    """`percent` never falls. `eta`: when the job is expected to end, as far as known."""
+
+    percent: float = 0.0
+    stage: str | None = None
+    step: int | None = None
+    total_steps: int | None = None
+    eta: datetime | None = None
+
+
+class Stage(Answer):
+    name: str
+    status: str
+    percent: float = 0.0
+    shards: int = 1
+
+
+class Failure(Answer):
+    """Why a job failed, and what to do about it."""
+
+    code: str
+    detail: str
+    stage: str | None = None
+    hint: str | None = None
+    retryable: bool = False
+
+
+class Job(Answer):
+    id: str
+    status: str
+    attempt: int = 1
+    progress: Progress = Progress()
+    stages: list[Stage] = []
+    error: Failure | None = None
+    student_id: str | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.status in FINISHED
+
+
+class JobEvent(Answer):
+    """Something that happened to a job; `id` counts from 1 without gaps."""
+
+    id: int
+    type: str
+    data: dict[str, Any] = {}
+
+    @property
+    def final(self) -> bool:
+        return self.type in {f"job.{status}" for status in FINISHED}
+
+
+class Metric(Answer):
+    """A point of a training curve."""
+
+    stage: str
+    shard: int
+    name: str
+    step: int
+    value: float
+
+
+class Student(Answer):
+    id: str
+    job_id: str | None = None
+    classes: list[Any] = []
+
+
+class Score(Answer):
+    label: str
+    score: float
+
+
+class Prediction(Answer):
+    """Labels and scores of one image, the most likely first."""
+
+    predictions: list[Score] = []
+
+
+class Teacher(Answer):
+    id: str
+    available: bool = True
+
+
+class Method(Answer):
+    id: str
+
+
+class Architecture(Answer):
+    id: str

@@ -1,0 +1,293 @@
+"""The asynchronous client."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import httpx
+
+from app.client import calls
+from app.client.answers import (
+    Answer,
+    Architecture,
+    Dataset,
+    Job,
+    JobEvent,
+    Method,
+    Metric,
+    Page,
+    Prediction,
+    Student,
+    Teacher,
+)
+from app.client.calls import Call, Flow
+from app.client.packing import Source, packed
+from app.client.streams import Download, EventFeed
+from app.client.transport import Connection, Outcome, checked
+
+Result = TypeVar("Result")
+
+
+class AsyncDram:
+    """A Dram service. Raises DramApiError where it refuses, UnreachableError where it does not answer.
+
+    Requests that may be repeated safely are tried again when the connection is lost (`retries` times).
+    `timeout_s`: longest silence of the network; operations that take longer wait longer by themselves.
+    """
+
+    def __init__(
+        self,
+        url: str = "http://127.0.0.1:8700",
+        key: str | None = None,
+        *,
+        timeout_s: float = 30,
+        retries: int = 4,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        self._connection = Connection(url.rstrip("/"), key, timeout_s, retries)
+        self._http = httpx.AsyncClient(transport=transport, **self._connection.options())
+        self.datasets = AsyncDatasets(self)
+        self.teachers = AsyncTeachers(self)
+        self.jobs = AsyncJobs(self)
+        self.students = AsyncStudents(self)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    async def methods(self) -> Page[Method]:
+        return await self.run(calls.list_methods())
+
+    async def architectures(self) -> Page[Architecture]:
+        return await self.run(calls.list_architectures())
+
+    async def ready(self) -> dict[str, Any]:
+        return await self.run(calls.ready())
+
+    async def run(self, flow: Flow[Result]) -> Result:
+        """Carry out an operation: send what it asks for until it has its result."""
+        try:
+            call = next(flow)
+            while True:
+                call = flow.send(checked(await self._send(call)))
+        except StopIteration as stop:
+            result: Result = stop.value
+            return result
+
+    async def _send(self, call: Call) -> httpx.Response:
+        await asyncio.sleep(call.pause_s)
+        tries = 0
+        while True:
+            tries += 1
+            try:
+                outcome: Outcome = await self._http.request(**self._connection.request(call))
+            except httpx.TransportError as error:
+                outcome = error
+            pause = self._connection.pause_before_retry(call, tries, outcome)
+            if pause is not None:
+                await asyncio.sleep(pause)
+            elif isinstance(outcome, httpx.Response):
+                return outcome
+            else:
+                raise self._connection.unreachable(outcome) from outcome
+
+    async def download(self, path: str, target: Path) -> Path:
+        """Fetch a file, resuming after a lost connection. Raises DamagedDownloadError."""
+        call = Call("GET", path, repeatable=True)
+        download = Download(target)
+        tries = 0
+        while True:
+            try:
+                async with self._http.stream("GET", path, headers=download.headers()) as response:
+                    if response.status_code == httpx.codes.REQUESTED_RANGE_NOT_SATISFIABLE:
+                        download.restart()
+                        continue
+                    if not response.is_success:
+                        await response.aread()
+                    else:
+                        download.begin(response)
+                        async for chunk in response.aiter_raw():
+                            download.write(chunk)
+                            tries = 0
+                        if download.finish(response.headers):
+                            return target
+                        continue
+                outcome: Outcome = response
+            except httpx.TransportError as error:
+                outcome = error
+            tries += 1
+            pause = self._connection.pause_before_retry(call, tries, outcome)
+            if pause is not None:
+                await asyncio.sleep(pause)
+            elif isinstance(outcome, httpx.Response):
+                checked(outcome)
+            else:
+                raise self._connection.unreachable(outcome) from outcome
+
+    async def follow(self, job_id: str, after: int) -> AsyncIterator[JobEvent]:
+        """Events as they happen, until the job is finished; goes on by itself after a lost connection."""
+        path = f"/v1/jobs/{job_id}/events"
+        call = Call("GET", path, repeatable=True)
+        feed = EventFeed(after)
+        tries = 0
+        while not feed.finished:
+            outcome: Outcome
+            try:
+                async with self._http.stream("GET", path, headers=feed.headers()) as outcome:
+                    if not outcome.is_success:
+                        await outcome.aread()
+                    else:
+                        async for line in outcome.aiter_lines():
+                            event = feed.line(line)
+                            if event is not None:
+                                tries = 0
+                                yield event
+            except httpx.TransportError as error:
+                outcome = error
+            if feed.finished:
+                return
+            tries += 1
+            pause = self._connection.pause_before_retry(call, tries, outcome)
+            if pause is not None:
+                await asyncio.sleep(pause)
+            elif isinstance(outcome, httpx.Response) and not outcome.is_success:
+                checked(outcome)
+            elif isinstance(outcome, httpx.Response):  # the stream ended in good order, the job perhaps not
+                if (await self.jobs.get(job_id)).finished:
+                    return
+                await asyncio.sleep(1)
+            else:
+                raise self._connection.unreachable(outcome) from outcome
+
+
+class AsyncDatasets:
+    def __init__(self, dram: AsyncDram) -> None:
+        self._dram = dram
+
+    async def create(self, source: Source, name: str | None = None) -> Dataset:
+        """Upload a folder of class folders, a zip of them, or pairs of ("class/file", path or bytes).
+
+        A folder `test` beside the classes holds class folders of images that only measure, a folder
+        `unlabelled` images without a class.
+        """
+        with packed(source) as (own_name, archive):
+            return await self._dram.run(calls.create_dataset(name or own_name, archive))
+
+    async def get(self, dataset_id: str) -> Dataset:
+        return await self._dram.run(calls.get_dataset(dataset_id))
+
+    async def list(self, *, limit: int | None = None, after: str | None = None) -> Page[Dataset]:
+        return await self._dram.run(calls.list_datasets(limit, after))
+
+    async def delete(self, dataset_id: str) -> None:
+        await self._dram.run(calls.delete_dataset(dataset_id))
+
+
+class AsyncTeachers:
+    def __init__(self, dram: AsyncDram) -> None:
+        self._dram = dram
+
+    async def list(self, *, limit: int | None = None, after: str | None = None) -> Page[Teacher]:
+        return await self._dram.run(calls.list_teachers(limit, after))
+
+
+class AsyncJobs:
+    def __init__(self, dram: AsyncDram) -> None:
+        self._dram = dram
+
+    async def create(
+        self,
+        *,
+        dataset_id: str,
+        teacher_id: str,
+        method: str,
+        student: str,
+        preset: str | None = None,
+        params: dict[str, Any] | None = None,
+        seed: int | None = None,
+        precision: str | None = None,
+        metadata: dict[str, str] | None = None,
+        cancel_after_s: float | None = None,
+        idempotency_key: str | None = None,
+    ) -> Job:
+        """Order a student. What is left out takes the service's default."""
+        order = {
+            "dataset_id": dataset_id,
+            "teacher_id": teacher_id,
+            "method": method,
+            "student": student,
+            "preset": preset,
+            "params": params,
+            "seed": seed,
+            "precision": precision,
+            "metadata": metadata,
+            "cancel_after_s": cancel_after_s,
+        }
+        return await self._dram.run(calls.create_job(order, idempotency_key))
+
+    async def plan(self, **order: Any) -> Answer:
+        """What `create` with the same arguments would do, without doing it."""
+        return await self._dram.run(calls.plan_job(order))
+
+    async def get(self, job_id: str) -> Job:
+        return await self._dram.run(calls.get_job(job_id))
+
+    async def list(self, *, limit: int | None = None, after: str | None = None) -> Page[Job]:
+        return await self._dram.run(calls.list_jobs(limit, after))
+
+    async def wait(self, job_id: str, timeout_s: float | None = None) -> Job:
+        """The job when it has finished, well or not. Raises JobTimeoutError."""
+        return await self._dram.run(calls.wait_for_job(job_id, timeout_s))
+
+    async def cancel(self, job_id: str) -> Job:
+        return await self._dram.run(calls.cancel_job(job_id))
+
+    async def retry(self, job_id: str) -> Job:
+        """Let a failed or cancelled job go on where it stopped."""
+        return await self._dram.run(calls.retry_job(job_id))
+
+    def events(self, job_id: str, *, after: int = 0) -> AsyncIterator[JobEvent]:
+        """Events after number `after` as they happen, until the job is finished."""
+        return self._dram.follow(job_id, after)
+
+    async def history(
+        self, job_id: str, *, limit: int | None = None, after: int | None = None
+    ) -> Page[JobEvent]:
+        """Events so far."""
+        return await self._dram.run(calls.list_events(job_id, limit, after))
+
+    async def metrics(self, job_id: str) -> Page[Metric]:
+        return await self._dram.run(calls.job_metrics(job_id))
+
+
+class AsyncStudents:
+    def __init__(self, dram: AsyncDram) -> None:
+        self._dram = dram
+
+    async def get(self, student_id: str) -> Student:
+        return await self._dram.run(calls.get_student(student_id))
+
+    async def list(self, *, limit: int | None = None, after: str | None = None) -> Page[Student]:
+        return await self._dram.run(calls.list_students(limit, after))
+
+    async def report(self, student_id: str) -> dict[str, Any]:
+        return await self._dram.run(calls.student_report(student_id))
+
+    async def download(self, student_id: str, target: str | Path, file: str = "model.onnx") -> Path:
+        """Fetch `model.onnx` or `bundle.zip` to `target`, checked against its sha-256."""
+        return await self._dram.download(f"/v1/students/{student_id}/{file}", Path(target))
+
+    async def predict(self, student_id: str, image: Path | bytes) -> Prediction:
+        """What the student sees in an image (JPEG, PNG or WebP)."""
+        return await self._dram.run(calls.predict(student_id, image))

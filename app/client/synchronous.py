@@ -1,0 +1,291 @@
+"""The blocking client."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import httpx
+
+from app.client import calls
+from app.client.answers import (
+    Answer,
+    Architecture,
+    Dataset,
+    Job,
+    JobEvent,
+    Method,
+    Metric,
+    Page,
+    Prediction,
+    Student,
+    Teacher,
+)
+from app.client.calls import Call, Flow
+from app.client.packing import Source, packed
+from app.client.streams import Download, EventFeed
+from app.client.transport import Connection, Outcome, checked
+
+Result = TypeVar("Result")
+
+
+class Dram:
+    """A Dram service. Raises DramApiError where it refuses, UnreachableError where it does not answer.
+
+    Requests that may be repeated safely are tried again when the connection is lost (`retries` times).
+    `timeout_s`: longest silence of the network; operations that take longer wait longer by themselves.
+    """
+
+    def __init__(
+        self,
+        url: str = "http://127.0.0.1:8700",
+        key: str | None = None,
+        *,
+        timeout_s: float = 30,
+        retries: int = 4,
+        transport: httpx.BaseTransport | None = None,
+    ) -> None:
+        self._connection = Connection(url.rstrip("/"), key, timeout_s, retries)
+        self._http = httpx.Client(transport=transport, **self._connection.options())
+        self.datasets = Datasets(self)
+        self.teachers = Teachers(self)
+        self.jobs = Jobs(self)
+        self.students = Students(self)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._http.close()
+
+    def methods(self) -> Page[Method]:
+        return self.run(calls.list_methods())
+
+    def architectures(self) -> Page[Architecture]:
+        return self.run(calls.list_architectures())
+
+    def ready(self) -> dict[str, Any]:
+        return self.run(calls.ready())
+
+    def run(self, flow: Flow[Result]) -> Result:
+        """Carry out an operation: send what it asks for until it has its result."""
+        try:
+            call = next(flow)
+            while True:
+                call = flow.send(checked(self._send(call)))
+        except StopIteration as stop:
+            result: Result = stop.value
+            return result
+
+    def _send(self, call: Call) -> httpx.Response:
+        time.sleep(call.pause_s)
+        tries = 0
+        while True:
+            tries += 1
+            try:
+                outcome: Outcome = self._http.request(**self._connection.request(call))
+            except httpx.TransportError as error:
+                outcome = error
+            pause = self._connection.pause_before_retry(call, tries, outcome)
+            if pause is not None:
+                time.sleep(pause)
+            elif isinstance(outcome, httpx.Response):
+                return outcome
+            else:
+                raise self._connection.unreachable(outcome) from outcome
+
+    def download(self, path: str, target: Path) -> Path:
+        """Fetch a file, resuming after a lost connection. Raises DamagedDownloadError."""
+        call = Call("GET", path, repeatable=True)
+        download = Download(target)
+        tries = 0
+        while True:
+            try:
+                with self._http.stream("GET", path, headers=download.headers()) as response:
+                    if response.status_code == httpx.codes.REQUESTED_RANGE_NOT_SATISFIABLE:
+                        download.restart()
+                        continue
+                    if not response.is_success:
+                        response.read()
+                    else:
+                        download.begin(response)
+                        for chunk in response.iter_raw():
+                            download.write(chunk)
+                            tries = 0
+                        if download.finish(response.headers):
+                            return target
+                        continue
+                outcome: Outcome = response
+            except httpx.TransportError as error:
+                outcome = error
+            tries += 1
+            pause = self._connection.pause_before_retry(call, tries, outcome)
+            if pause is not None:
+                time.sleep(pause)
+            elif isinstance(outcome, httpx.Response):
+                checked(outcome)
+            else:
+                raise self._connection.unreachable(outcome) from outcome
+
+    def follow(self, job_id: str, after: int) -> Iterator[JobEvent]:
+        """Events as they happen, until the job is finished; goes on by itself after a lost connection."""
+        path = f"/v1/jobs/{job_id}/events"
+        call = Call("GET", path, repeatable=True)
+        feed = EventFeed(after)
+        tries = 0
+        while not feed.finished:
+            outcome: Outcome
+            try:
+                with self._http.stream("GET", path, headers=feed.headers()) as outcome:
+                    if not outcome.is_success:
+                        outcome.read()
+                    else:
+                        for line in outcome.iter_lines():
+                            event = feed.line(line)
+                            if event is not None:
+                                tries = 0
+                                yield event
+            except httpx.TransportError as error:
+                outcome = error
+            if feed.finished:
+                return
+            tries += 1
+            pause = self._connection.pause_before_retry(call, tries, outcome)
+            if pause is not None:
+                time.sleep(pause)
+            elif isinstance(outcome, httpx.Response) and not outcome.is_success:
+                checked(outcome)
+            elif isinstance(outcome, httpx.Response):  # the stream ended in good order, the job perhaps not
+                if self.jobs.get(job_id).finished:
+                    return
+                time.sleep(1)
+            else:
+                raise self._connection.unreachable(outcome) from outcome
+
+
+class Datasets:
+    def __init__(self, dram: Dram) -> None:
+        self._dram = dram
+
+    def create(self, source: Source, name: str | None = None) -> Dataset:
+        """Upload a folder of class folders, a zip of them, or pairs of ("class/file", path or bytes).
+
+        A folder `test` beside the classes holds class folders of images that only measure, a folder
+        `unlabelled` images without a class.
+        """
+        with packed(source) as (own_name, archive):
+            return self._dram.run(calls.create_dataset(name or own_name, archive))
+
+    def get(self, dataset_id: str) -> Dataset:
+        return self._dram.run(calls.get_dataset(dataset_id))
+
+    def list(self, *, limit: int | None = None, after: str | None = None) -> Page[Dataset]:
+        return self._dram.run(calls.list_datasets(limit, after))
+
+    def delete(self, dataset_id: str) -> None:
+        self._dram.run(calls.delete_dataset(dataset_id))
+
+
+class Teachers:
+    def __init__(self, dram: Dram) -> None:
+        self._dram = dram
+
+    def list(self, *, limit: int | None = None, after: str | None = None) -> Page[Teacher]:
+        return self._dram.run(calls.list_teachers(limit, after))
+
+
+class Jobs:
+    def __init__(self, dram: Dram) -> None:
+        self._dram = dram
+
+    def create(
+        self,
+        *,
+        dataset_id: str,
+        teacher_id: str,
+        method: str,
+        student: str,
+        preset: str | None = None,
+        params: dict[str, Any] | None = None,
+        seed: int | None = None,
+        precision: str | None = None,
+        metadata: dict[str, str] | None = None,
+        cancel_after_s: float | None = None,
+        idempotency_key: str | None = None,
+    ) -> Job:
+        """Order a student. What is left out takes the service's default."""
+        order = {
+            "dataset_id": dataset_id,
+            "teacher_id": teacher_id,
+            "method": method,
+            "student": student,
+            "preset": preset,
+            "params": params,
+            "seed": seed,
+            "precision": precision,
+            "metadata": metadata,
+            "cancel_after_s": cancel_after_s,
+        }
+        return self._dram.run(calls.create_job(order, idempotency_key))
+
+    def plan(self, **order: Any) -> Answer:
+        """What `create` with the same arguments would do, without doing it."""
+        return self._dram.run(calls.plan_job(order))
+
+    def get(self, job_id: str) -> Job:
+        return self._dram.run(calls.get_job(job_id))
+
+    def list(self, *, limit: int | None = None, after: str | None = None) -> Page[Job]:
+        return self._dram.run(calls.list_jobs(limit, after))
+
+    def wait(self, job_id: str, timeout_s: float | None = None) -> Job:
+        """The job when it has finished, well or not. Raises JobTimeoutError."""
+        return self._dram.run(calls.wait_for_job(job_id, timeout_s))
+
+    def cancel(self, job_id: str) -> Job:
+        return self._dram.run(calls.cancel_job(job_id))
+
+    def retry(self, job_id: str) -> Job:
+        """Let a failed or cancelled job go on where it stopped."""
+        return self._dram.run(calls.retry_job(job_id))
+
+    def events(self, job_id: str, *, after: int = 0) -> Iterator[JobEvent]:
+        """Events after number `after` as they happen, until the job is finished."""
+        return self._dram.follow(job_id, after)
+
+    def history(self, job_id: str, *, limit: int | None = None, after: int | None = None) -> Page[JobEvent]:
+        """Events so far."""
+        return self._dram.run(calls.list_events(job_id, limit, after))
+
+    def metrics(self, job_id: str) -> Page[Metric]:
+        return self._dram.run(calls.job_metrics(job_id))
+
+
+class Students:
+    def __init__(self, dram: Dram) -> None:
+        self._dram = dram
+
+    def get(self, student_id: str) -> Student:
+        return self._dram.run(calls.get_student(student_id))
+
+    def list(self, *, limit: int | None = None, after: str | None = None) -> Page[Student]:
+        return self._dram.run(calls.list_students(limit, after))
+
+    def report(self, student_id: str) -> dict[str, Any]:
+        return self._dram.run(calls.student_report(student_id))
+
+    def download(self, student_id: str, target: str | Path, file: str = "model.onnx") -> Path:
+        """Fetch `model.onnx` or `bundle.zip` to `target`, checked against its sha-256."""
+        return self._dram.download(f"/v1/students/{student_id}/{file}", Path(target))
+
+    def predict(self, student_id: str, image: Path | bytes) -> Prediction:
+        """What the student sees in an image (JPEG, PNG or WebP)."""
+        return self._dram.run(calls.predict(student_id, image))
