@@ -156,7 +156,8 @@ def renew(
         _roll_up(session, job, stage)
         events.append(
             session, job, "stage.progress",
-            stage=stage.name, shard=shard.position, step=step, total=total, percent=stage.percent, job_percent=job.percent,
+            stage=stage.name, shard=shard.position, step=step, total=total, percent=stage.percent,
+            job_percent=job.percent,
         )  # fmt: skip
     rows = [
         {
