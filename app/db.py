@@ -33,7 +33,12 @@ class Base(orm.DeclarativeBase):
             "pk": "pk_%(table_name)s",
         }
     )
-    type_annotation_map = {dict[str, Any]: sa.JSON, list[Any]: sa.JSON, float: sa.Double}  # noqa: RUF012
+    type_annotation_map = {  # noqa: RUF012
+        dict[str, Any]: sa.JSON,
+        list[Any]: sa.JSON,
+        float: sa.Double,
+        int: sa.BigInteger,  # byte counts and seeds pass 2**31
+    }
 
 
 class now(GenericFunction[float]):  # noqa: N801 - a SQL function

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+#: Findings that one answer lists; more would only repeat themselves.
+MOST_FINDINGS = 100
 
 
 @dataclass(frozen=True)
@@ -15,6 +19,34 @@ class Finding:
     detail: str
 
 
+def findings_of(
+    errors: Sequence[Mapping[str, Any]], *, below: str = "", in_request: bool = False
+) -> tuple[Finding, ...]:
+    """Findings from `pydantic.ValidationError.errors()`; the inputs themselves are never repeated.
+
+    `below`: the pointer of the validated value, such as "/params". `in_request`: locations start with the part
+    of the request ("body", "query", …), as FastAPI's do.
+    """
+    findings = []
+    for error in errors[:MOST_FINDINGS]:
+        location = list(error["loc"])
+        if in_request and location[:1] == ["body"]:
+            del location[0]
+        pointer = below + "".join(f"/{_escaped(part)}" for part in location)
+        findings.append(Finding(str(error["type"]), pointer, _words(error)))
+    return tuple(findings)
+
+
+def _escaped(part: int | str) -> str:
+    return str(part)[:100].replace("~", "~0").replace("/", "~1")
+
+
+def _words(error: Mapping[str, Any]) -> str:
+    if error["type"] == "union_tag_invalid":  # pydantic's own sentence repeats the input
+        return f"Input should be one of {error['ctx']['expected_tags']}"
+    return str(error["msg"]).removeprefix("Value error, ")
+
+
 class DramError(Exception):
     """Base. `detail` says what, where and how to mend it; `findings` lists every single thing wrong."""
 
@@ -23,7 +55,12 @@ class DramError(Exception):
     title = "Internal error"
 
     def __init__(
-        self, detail: str, *, code: str = "", findings: tuple[Finding, ...] = (), headers: dict[str, str] | None = None
+        self,
+        detail: str,
+        *,
+        code: str = "",
+        findings: tuple[Finding, ...] = (),
+        headers: dict[str, str] | None = None,
     ) -> None:
         super().__init__(detail)
         self.detail = detail
@@ -74,6 +111,10 @@ class TooLarge(DramError):
 
 class UnsupportedMedia(DramError):
     status, code, title = 415, "unsupported_media_type", "Unsupported media type"
+
+
+class RangeNotSatisfiable(DramError):
+    status, code, title = 416, "range_not_satisfiable", "No such part of the file"
 
 
 class Invalid(DramError):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from app import storage
 from app.db import Database
 from app.doorbell import Doorbell
+from app.security.principal import PrincipalCache
 from app.settings import Settings
 from app.storage import BlobStore
 
@@ -17,6 +18,7 @@ class Wiring:
     database: Database
     blobs: BlobStore
     doorbell: Doorbell
+    callers: PrincipalCache = field(default_factory=PrincipalCache)
 
     @classmethod
     def build(cls, settings: Settings) -> Wiring:

@@ -1,0 +1,44 @@
+"""Answers about what can be ordered."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from app.schemas import Answer
+
+
+class StageAnswer(Answer):
+    name: str
+    queue: Literal["gpu", "cpu"]
+    params: str | None = Field(description="The group of parameters that this stage reads.")
+    inputs: list[str]
+    optional: list[str]
+    output: str
+
+
+class MethodAnswer(Answer):
+    object: Literal["method"]
+    id: str
+    title: str
+    source: str = Field(description="The paper.")
+    needs: list[str] = Field(description="What it asks of a teacher; a teacher's `offers` must include them.")
+    stages: list[StageAnswer]
+    presets: dict[str, dict[str, Any]] = Field(
+        description="What each preset sets; the rest keeps its default."
+    )
+    params: dict[str, Any] = Field(description="JSON schema of the `params` of a job.")
+
+
+class ArchitectureAnswer(Answer):
+    object: Literal["architecture"]
+    id: str
+    title: str
+    family: str
+    parameters: int = Field(description="Learned numbers, with 10 classes.")
+    macs: int = Field(description="Multiply-adds for one image of input_size.")
+    input_size: int = Field(description="Side in pixels of its images, unless a job asks for another.")
+    min_input_size: int
+    max_input_size: int
+    licence: str
