@@ -1,0 +1,42 @@
+"""The migrations make exactly the tables that the code declares, on both databases."""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+from alembic import command
+from alembic.autogenerate import compare_metadata
+from alembic.runtime.migration import MigrationContext
+
+from app import migrate
+from app.db import Database
+from app.tables import Base
+
+
+def test_the_migrated_schema_is_that_of_the_tables(database: Database) -> None:
+    """Where this fails: `alembic revision --autogenerate -m "what changes"`, then read what it wrote."""
+    with database.engine.connect() as connection:
+        options = {"compare_type": True, "compare_server_default": True}
+        context = MigrationContext.configure(connection, opts=options)
+        assert compare_metadata(context, Base.metadata) == []
+
+
+def test_a_forgotten_column_would_be_seen(database: Database) -> None:
+    with database.engine.begin() as connection:
+        connection.execute(sa.text("ALTER TABLE jobs DROP COLUMN percent"))
+    with database.engine.connect() as connection:
+        found = compare_metadata(MigrationContext.configure(connection), Base.metadata)
+    assert [change[0] for change in found] == ["add_column"]
+
+
+def test_the_migrations_can_be_taken_back(database: Database) -> None:
+    with database.engine.begin() as connection:
+        config = migrate._config()
+        config.attributes["connection"] = connection
+        command.downgrade(config, "base")
+    with database.engine.connect() as connection:
+        assert set(sa.inspect(connection).get_table_names()) == {"alembic_version"}
+    assert migrate.to_head(database)
+
+
+def test_there_is_one_newest_revision() -> None:
+    assert len(migrate._scripts().get_heads()) == 1
