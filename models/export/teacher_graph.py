@@ -1,0 +1,57 @@
+"""The teacher as an ONNX file with the student's input, so that both can be timed in the same runtime.
+
+It is never shipped: backbone and few-shot head in one graph, pixels in, class probabilities out.
+"""
+
+from __future__ import annotations
+
+import json
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from models import teachers
+from models.export import onnx_graph
+from models.pipeline import StageContext
+from models.teachers import few_shot_head
+from models.teachers.few_shot_head import FewShotHead
+
+FILE_NAME = "teacher.onnx"
+DOCUMENT_NAME = "teacher_graph.json"
+
+
+class TeacherNetwork(nn.Module):
+    """Backbone and few-shot head: normalised float [B, 3, S, S] -> logits [B, classes]."""
+
+    def __init__(self, backbone: nn.Module, head: FewShotHead) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.centre = nn.Parameter(head.centre.float())
+        self.weight = nn.Parameter(head.weight.float())
+        self.bias = nn.Parameter(head.bias.float())
+        self.scale = head.scale
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        unit = functional.normalize(self.backbone(pixels) - self.centre, dim=-1)
+        logits: Tensor = self.scale * (unit @ self.weight + self.bias)
+        return logits
+
+
+def run(context: StageContext, params: None) -> None:
+    """TEACHER_GRAPH: write `teacher.onnx` and its parameter count and size in `teacher_graph.json`."""
+    spec = teachers.read_spec(context.folder("teacher"))
+    head = few_shot_head.load(context.folder("soft_labels"))
+    teacher = teachers.load(spec, "cpu", head.input_size)
+    network = TeacherNetwork(teacher.network.to(memory_format=torch.contiguous_format), head)
+    graph = onnx_graph.build(network, teacher.input_size, teacher.mean, teacher.std)
+    content = onnx_graph.to_bytes(graph)
+    (context.output / FILE_NAME).write_bytes(content)
+    document = {
+        "name": spec.name,
+        "parameters": onnx_graph.parameter_count(network),
+        "bytes": len(content),
+        "input_size": teacher.input_size,
+    }
+    (context.output / DOCUMENT_NAME).write_text(json.dumps(document, indent=1) + "\n")
+    context.report(1, 1)
