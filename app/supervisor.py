@@ -117,7 +117,7 @@ class Supervisor:
                 env=self._environment,
                 pass_fds=program.pass_fds,
                 start_new_session=True,
-                preexec_fn=_dying_with(os.getpid()),
+                preexec_fn=dying_with(os.getpid()),
             )
 
     def _reap_orphans(self) -> None:
@@ -137,7 +137,8 @@ class Supervisor:
                     os.waitpid(pid, 0)
 
 
-def _dying_with(parent: int) -> Callable[[], None] | None:
+def dying_with(parent: int) -> Callable[[], None] | None:
+    """What a child runs before its program, so that it is killed when `parent` ends; None where no kernel can."""
     if _LIBC is None:
         return None
     libc = _LIBC

@@ -14,9 +14,8 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
 
 import httpx
@@ -81,10 +80,10 @@ def run(settings: Settings, signals: Signals) -> None:
             while not signals.stop:
                 service.supervisor.tend()
                 time.sleep(_ROUND_S)
-        finally:
             _say("Stopping …")
+        finally:
             service.supervisor.stop()
-            _say("Stopped. Unfinished jobs go on at the next start.")
+        _say("Stopped. Unfinished jobs go on at the next start.")
 
 
 @dataclass
@@ -141,7 +140,7 @@ class _Service:
         else:
             key = "made elsewhere; give it to the command line as DRAM_API_KEY"
         docs = f"\n    docs      {self.url}/docs" if self.settings.docs else ""
-        _say(
+        print(
             f"""
 Dram is up.
     url       {self.url}{docs}
@@ -150,7 +149,8 @@ Dram is up.
 
     dram distill FOLDER --out student.onnx     one folder of images for each class
     dram teachers                              what can teach
-Ctrl-C stops it."""
+Ctrl-C stops it.""",
+            flush=True,
         )
 
     def _programs(self) -> list[Program]:
@@ -212,7 +212,8 @@ def _listening(host: str, port: int) -> Iterator[socket.socket]:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         listener = socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
-        reason = error.strerror or str(error)
+        named = error.errno is not None and error.errno > 0  # a name that does not resolve has a negative one
+        reason = os.strerror(error.errno or 0) if named else str(error.strerror)
         raise UpError(
             f"cannot listen on {host}:{port} ({reason.lower()}). Choose another port with --port; 0 takes any free one"
         ) from error
@@ -227,10 +228,8 @@ def _url(host: str, port: int) -> str:
 
 
 def _say(text: str) -> None:
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:  # who started us no longer listens
-        os.dup2(os.open(Path(os.devnull), os.O_WRONLY), sys.stdout.fileno())
+    with suppress(OSError):  # who started us may no longer listen
+        print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -64,6 +64,10 @@ class Failure(Answer):
 class Job(Answer):
     id: str
     status: str
+    dataset_id: str
+    teacher_id: str
+    method: str
+    student: str
     attempt: int = 1
     progress: Progress = Progress()
     stages: list[Stage] = []
@@ -99,8 +103,12 @@ class Metric(Answer):
 
 class Student(Answer):
     id: str
-    job_id: str | None = None
-    classes: list[Any] = []
+    job_id: str
+    teacher: str
+    method: str
+    architecture: str
+    classes: list[Any]
+    summary: dict[str, Any] = {}
 
 
 class Score(Answer):

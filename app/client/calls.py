@@ -64,9 +64,13 @@ def _get(path: str, answer: type[Item]) -> Flow[Item]:
 
 
 def _list(path: str, item: type[Item], limit: int | None, after: str | int | None) -> Flow[Page[Item]]:
-    query = {name: value for name, value in (("limit", limit), ("after", after)) if value is not None}
-    response = yield Call("GET", path, query=query, repeatable=True)
+    response = yield Call("GET", path, query=_given({"limit": limit, "after": after}), repeatable=True)
     return Page[item].model_validate(response.json())  # type: ignore[valid-type]
+
+
+def _given(order: Mapping[str, Any]) -> dict[str, Any]:
+    """What the caller gave; the rest is left to the service's defaults."""
+    return {name: value for name, value in order.items() if value is not None}
 
 
 def create_dataset(name: str, archive: IO[bytes]) -> Flow[Dataset]:
@@ -119,10 +123,6 @@ def create_job(order: Mapping[str, Any], idempotency_key: str | None) -> Flow[Jo
 def plan_job(order: Mapping[str, Any]) -> Flow[Answer]:
     response = yield Call("POST", "/v1/jobs", json={**_given(order), "dry_run": True})
     return Answer.model_validate(response.json())
-
-
-def _given(order: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in order.items() if value is not None}
 
 
 def get_job(job_id: str) -> Flow[Job]:
@@ -190,10 +190,11 @@ def student_report(student_id: str) -> Flow[dict[str, Any]]:
     return report
 
 
-def predict(student_id: str, image: Path | bytes) -> Flow[Prediction]:
+def predict(student_id: str, image: Path | bytes, precision: str | None, top: int | None) -> Flow[Prediction]:
     response = yield Call(
         "POST",
         f"/v1/students/{student_id}/predict",
+        query=_given({"precision": precision, "top": top}),
         content=image if isinstance(image, bytes) else image.read_bytes(),
         headers={"Content-Type": "application/octet-stream"},
         repeatable=True,

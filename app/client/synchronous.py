@@ -282,10 +282,17 @@ class Students:
     def report(self, student_id: str) -> dict[str, Any]:
         return self._dram.run(calls.student_report(student_id))
 
-    def download(self, student_id: str, target: str | Path, file: str = "model.onnx") -> Path:
-        """Fetch `model.onnx` or `bundle.zip` to `target`, checked against its sha-256."""
-        return self._dram.download(f"/v1/students/{student_id}/{file}", Path(target))
+    def download(self, student_id: str, target: str | Path, precision: str = "fp32") -> Path:
+        """Fetch the ONNX file to `target`, checked against its sha-256."""
+        path = f"/v1/students/{student_id}/model.onnx?precision={precision}"
+        return self._dram.download(path, Path(target))
 
-    def predict(self, student_id: str, image: Path | bytes) -> Prediction:
+    def download_bundle(self, student_id: str, target: str | Path) -> Path:
+        """Fetch the zip with everything to ship to `target`, checked against its sha-256."""
+        return self._dram.download(f"/v1/students/{student_id}/bundle.zip", Path(target))
+
+    def predict(
+        self, student_id: str, image: Path | bytes, *, precision: str | None = None, top: int | None = None
+    ) -> Prediction:
         """What the student sees in an image (JPEG, PNG or WebP)."""
-        return self._dram.run(calls.predict(student_id, image))
+        return self._dram.run(calls.predict(student_id, image, precision, top))

@@ -1,0 +1,369 @@
+"""The `dram` command: a service on this machine, and a client of any."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from app import console
+from app.client import ClientError, Dram, Job
+from app.connect import HERE, HomeFolder, Key, Url, any_service, service
+from app.embedded import EmbeddedError
+from app.home import Home
+
+cli = typer.Typer(
+    help="Few-shot distillation: a handful of labelled images in, a tiny ONNX classifier out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+#: What `dram distill` makes unless told otherwise.
+DEFAULT_STUDENT = "mobilenetv4_conv_small_050"
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print the service's answer as JSON.")]
+Teacher = Annotated[str | None, typer.Option(help="Who teaches; `dram teachers` lists them.")]
+Student = Annotated[str, typer.Option(help="What learns; `dram architectures` lists them.")]
+Method = Annotated[str, typer.Option(help="How; `dram methods` lists them.")]
+Preset = Annotated[str, typer.Option(help="How much time to spend: draft, balanced or best.")]
+Param = Annotated[
+    list[str] | None,
+    typer.Option("--param", metavar="GROUP.NAME=VALUE", help="A parameter of the method; may be repeated."),
+]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Precision = Annotated[str, typer.Option(help="fp32, or int8 for a quantised file beside it.")]
+JobId = Annotated[str, typer.Argument(metavar="JOB")]
+
+
+def main() -> None:
+    """Run the command line; end with 1 and a sentence where something goes wrong."""
+    try:
+        cli()
+    except (ClientError, EmbeddedError, OSError) as failure:
+        console.error(failure)
+        sys.exit(1)
+
+
+@cli.command()
+def up(
+    home: HomeFolder = HERE,
+    host: Annotated[str, typer.Option(envvar="DRAM_HOST", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(envvar="DRAM_PORT", min=0, max=65535, help="0: any free port.")] = 8700,
+) -> None:
+    """Start the whole service on this machine, until Ctrl-C."""
+    os.environ.update(DRAM_HOME=str(home), DRAM_HOST=host, DRAM_PORT=str(port))
+    os.execv(sys.executable, [sys.executable, "-m", "app.up"])
+
+
+@cli.command()
+def migrate(home: HomeFolder = HERE) -> None:
+    """Bring the database (DRAM_DATABASE_URL, else the one in --home) to this version's schema."""
+    os.environ["DRAM_HOME"] = str(home)
+    os.execv(sys.executable, [sys.executable, "-m", "app.migrate"])
+
+
+@cli.command()
+def teachers(url: Url = None, key: Key = None, home: HomeFolder = HERE, as_json: AsJson = False) -> None:
+    """List the networks that can teach."""
+    with service(url, key, Home(home)) as dram:
+        listed = [item.model_dump() for item in dram.teachers.list().data]
+    if as_json:
+        _print_json(listed)
+        return
+    rows = [
+        (
+            row["id"],
+            "yes" if row["available"] else f"no: {row.get('reason', '')}",
+            _millions(row.get("parameters")),
+            row.get("input_size"),
+            row.get("licence"),
+            row.get("title"),
+        )
+        for row in listed
+    ]
+    console.table(("teacher", "available", "parameters", "pixels", "licence", "title"), rows)
+
+
+@cli.command()
+def methods(url: Url = None, key: Key = None, home: HomeFolder = HERE, as_json: AsJson = False) -> None:
+    """List the ways to distil."""
+    with service(url, key, Home(home)) as dram:
+        listed = [item.model_dump() for item in dram.methods().data]
+    if as_json:
+        _print_json(listed)
+        return
+    rows = [
+        (
+            row["id"],
+            row.get("title"),
+            ", ".join(row.get("needs", [])),
+            ", ".join(row.get("presets", {})),
+            row.get("source"),
+        )
+        for row in listed
+    ]
+    console.table(("method", "title", "needs", "presets", "source"), rows)
+
+
+@cli.command()
+def architectures(url: Url = None, key: Key = None, home: HomeFolder = HERE, as_json: AsJson = False) -> None:
+    """List the students that can be trained."""
+    with service(url, key, Home(home)) as dram:
+        listed = [item.model_dump() for item in dram.architectures().data]
+    if as_json:
+        _print_json(listed)
+        return
+    rows = [
+        (
+            row["id"],
+            _millions(row.get("parameters")),
+            _millions(row.get("macs")),
+            row.get("input_size"),
+            row.get("title"),
+        )
+        for row in listed
+    ]
+    console.table(("student", "parameters", "multiply-adds", "pixels", "title"), rows)
+
+
+@cli.command()
+def upload(
+    source: Annotated[
+        Path, typer.Argument(metavar="FOLDER|ZIP", help="One folder of images for each class.")
+    ],
+    name: Annotated[str | None, typer.Option(help="What to call it. Empty: the folder's name.")] = None,
+    url: Url = None,
+    key: Key = None,
+    home: HomeFolder = HERE,
+    as_json: AsJson = False,
+) -> None:
+    """Upload images. Beside the classes: `test/` with class folders, `unlabelled/` without."""
+    with service(url, key, Home(home)) as dram:
+        made = dram.datasets.create(source, name)
+    if as_json:
+        _print_json(made.model_dump(mode="json"))
+    else:
+        console.dataset(made)
+
+
+@cli.command()
+def submit(
+    dataset: Annotated[str, typer.Argument(metavar="DATASET", help="Id that `dram upload` printed.")],
+    teacher: Teacher = None,
+    student: Student = DEFAULT_STUDENT,
+    method: Method = "kd",
+    preset: Preset = "balanced",
+    param: Param = None,
+    seed: Seed = 0,
+    precision: Precision = "fp32",
+    watch: Annotated[bool, typer.Option("--watch", help="Stay until it has finished.")] = False,
+    url: Url = None,
+    key: Key = None,
+    home: HomeFolder = HERE,
+    as_json: AsJson = False,
+) -> None:
+    """Order a student from a data set."""
+    params = _params(param)
+    with service(url, key, Home(home)) as dram:
+        job = dram.jobs.create(
+            dataset_id=dataset, teacher_id=teacher or _first_teacher(dram), method=method, student=student,
+            preset=preset, params=params, seed=seed, precision=precision,
+        )  # fmt: skip
+        if as_json:
+            _print_json(job.model_dump(mode="json"))
+        else:
+            console.out.print(job.id)
+        if watch:
+            _watch(dram, job.id)
+
+
+@cli.command()
+def watch(job: JobId, url: Url = None, key: Key = None, home: HomeFolder = HERE) -> None:
+    """Show a job's progress until it has finished; fail if it did."""
+    with service(url, key, Home(home)) as dram:
+        _watch(dram, job)
+
+
+@cli.command()
+def jobs(
+    limit: Annotated[int, typer.Option(min=1, max=100)] = 20,
+    after: Annotated[str | None, typer.Option(help="Id of the last job seen.")] = None,
+    url: Url = None,
+    key: Key = None,
+    home: HomeFolder = HERE,
+    as_json: AsJson = False,
+) -> None:
+    """List jobs, the newest first."""
+    with service(url, key, Home(home)) as dram:
+        page = dram.jobs.list(limit=limit, after=after)
+    if as_json:
+        _print_json(page.model_dump(mode="json"))
+        return
+    console.jobs(page.data)
+    if page.has_more:
+        console.note(f"More: dram jobs --after {page.data[-1].id}")
+
+
+@cli.command()
+def cancel(job: JobId, url: Url = None, key: Key = None, home: HomeFolder = HERE) -> None:
+    """Stop a job."""
+    with service(url, key, Home(home)) as dram:
+        console.note(f"{job} is {dram.jobs.cancel(job).status}")
+
+
+@cli.command()
+def retry(job: JobId, url: Url = None, key: Key = None, home: HomeFolder = HERE) -> None:
+    """Let a failed or cancelled job go on where it stopped."""
+    with service(url, key, Home(home)) as dram:
+        console.note(f"{job} is {dram.jobs.retry(job).status}")
+
+
+@cli.command()
+def download(
+    source: Annotated[str, typer.Argument(metavar="JOB|STUDENT")],
+    out: Annotated[
+        Path | None, typer.Option(help="FILE.onnx for the network alone, FILE.zip for the whole bundle.")
+    ] = None,
+    precision: Precision = "fp32",
+    url: Url = None,
+    key: Key = None,
+    home: HomeFolder = HERE,
+) -> None:
+    """Fetch a student."""
+    with service(url, key, Home(home)) as dram:
+        student = _student(dram, source)
+        console.out.print(str(_fetch(dram, student, out or Path(f"{student}.zip"), precision)))
+
+
+@cli.command()
+def predict(
+    source: Annotated[str, typer.Argument(metavar="JOB|STUDENT")],
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="A JPEG, PNG or WebP file.")],
+    top: Annotated[int, typer.Option(min=1, help="How many labels to show.")] = 5,
+    precision: Precision = "fp32",
+    url: Url = None,
+    key: Key = None,
+    home: HomeFolder = HERE,
+    as_json: AsJson = False,
+) -> None:
+    """Ask a student about an image."""
+    with service(url, key, Home(home)) as dram:
+        seen = dram.students.predict(_student(dram, source), image, precision=precision, top=top)
+    if as_json:
+        _print_json(seen.model_dump(mode="json"))
+    else:
+        console.prediction(seen)
+
+
+@cli.command()
+def distill(
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER|ZIP", help="One folder of images for each class.")
+    ],
+    out: Annotated[
+        Path, typer.Option(help="FILE.onnx for the network alone, FILE.zip for the whole bundle.")
+    ],
+    teacher: Teacher = None,
+    student: Student = DEFAULT_STUDENT,
+    method: Method = "kd",
+    preset: Preset = "balanced",
+    param: Param = None,
+    seed: Seed = 0,
+    precision: Precision = "fp32",
+    url: Url = None,
+    key: Key = None,
+    home: HomeFolder = HERE,
+) -> None:
+    """From images to a student in one step; starts a service for the time if none runs."""
+    params = _params(param)
+    if not folder.exists():
+        raise FileNotFoundError(f"there is no folder or zip '{folder}'")
+    with any_service(url, key, Home(home)) as dram:
+        made = dram.datasets.create(folder)
+        console.dataset(made)
+        job = dram.jobs.create(
+            dataset_id=made.id, teacher_id=teacher or _first_teacher(dram), method=method, student=student,
+            preset=preset, params=params, seed=seed, precision=precision,
+        )  # fmt: skip
+        done = _watch(dram, job.id)
+        assert done.student_id is not None
+        console.report(dram.students.report(done.student_id))
+        console.out.print(str(_fetch(dram, done.student_id, out, precision)))
+
+
+def _watch(dram: Dram, job_id: str) -> Job:
+    """The succeeded job. Ends the command with 1 where it failed or was cancelled, 130 on Ctrl-C."""
+    try:
+        console.follow(dram.jobs.events(job_id))
+        job = dram.jobs.wait(job_id)
+    except KeyboardInterrupt:
+        console.note(f"\nThe job goes on. See it again: dram watch {job_id}; stop it: dram cancel {job_id}")
+        raise typer.Exit(130) from None
+    if job.status != "succeeded":
+        console.job_failure(job)
+        raise typer.Exit(1)
+    console.note(f"{job.id} succeeded: {job.student_id}")
+    return job
+
+
+def _student(dram: Dram, source: str) -> str:
+    """The student's id, given it or its job's."""
+    if not source.startswith("job_"):
+        return source
+    job = dram.jobs.get(source)
+    if job.student_id is None:
+        if job.finished:
+            console.job_failure(job)
+        else:
+            console.note(
+                f"{source} is {job.status}; a student comes when it has succeeded: dram watch {source}"
+            )
+        raise typer.Exit(1)
+    return job.student_id
+
+
+def _fetch(dram: Dram, student_id: str, target: Path, precision: str) -> Path:
+    if target.suffix == ".zip":
+        return dram.students.download_bundle(student_id, target)
+    return dram.students.download(student_id, target, precision)
+
+
+def _first_teacher(dram: Dram) -> str:
+    for teacher in dram.teachers.list().data:
+        if teacher.available:
+            return teacher.id
+    console.note("No teacher can be had on this machine; `dram teachers` says why.")
+    raise typer.Exit(1)
+
+
+def _params(given: list[str] | None) -> dict[str, Any]:
+    """`distillation.steps=100` and the like as nested values; what is no JSON is taken as text."""
+    params: dict[str, Any] = {}
+    for item in given or []:
+        path, sign, text = item.partition("=")
+        group, dot, name = path.partition(".")
+        if not (sign and dot and group and name):
+            raise typer.BadParameter(f"'{item}' should read GROUP.NAME=VALUE, such as distillation.steps=600")
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = text
+        params.setdefault(group, {})[name] = value
+    return params
+
+
+def _millions(number: Any) -> str:
+    return f"{number / 1e6:.2f} M" if isinstance(number, int | float) and number else ""
+
+
+def _print_json(document: Any) -> None:
+    print(json.dumps(document, indent=2, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""What the command line shows: tables, progress, errors. People read it; scripts use --json."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from app.client import Dataset, DramApiError, Job, JobEvent, Prediction
+
+out = Console()
+err = Console(stderr=True)
+
+#: Where nothing can be redrawn, a line is printed each time the job has come so much further.
+_LINE_EVERY_PERCENT = 10.0
+
+
+def table(columns: Iterable[str], rows: Iterable[Iterable[Any]], title: str | None = None) -> None:
+    """Print rows; columns whose cells are all numbers are set flush right."""
+    cells = [["" if cell is None else str(cell) for cell in row] for row in rows]
+    grid = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for position, name in enumerate(columns):
+        numeric = bool(cells) and all(row[position][:1].isdigit() or not row[position] for row in cells)
+        grid.add_column(name, justify="right" if numeric else "left", overflow="fold")
+    for row in cells:
+        grid.add_row(*(Text(cell) for cell in row))
+    out.print(grid)
+
+
+def note(text: str) -> None:
+    """A remark beside the result, on stderr."""
+    err.print(Text(text))
+
+
+def error(failure: Exception) -> None:
+    """An error with everything the service said about it."""
+    if not isinstance(failure, DramApiError):
+        err.print(Text.assemble(("Error: ", "bold red"), f"{str(failure) or type(failure).__name__}"))
+        return
+    err.print(Text.assemble(("Error: ", "bold red"), failure.detail, (f" [{failure.code}]", "dim")))
+    for finding in failure.errors:
+        where = finding.get("pointer")
+        err.print(Text(f"  {where + ': ' if where else ''}{finding.get('detail', '')}"))
+    if failure.status == 401:
+        err.print(
+            Text("  The key of a local service lies in its folder (--home); others: --key or DRAM_API_KEY.")
+        )
+    if failure.request_id:
+        err.print(Text(f"  request {failure.request_id}", style="dim"))
+
+
+def job_failure(job: Job) -> None:
+    """Why a job did not succeed, and what to do."""
+    if job.error is None:
+        err.print(Text(f"{job.id} was {job.status}.", style="bold yellow"))
+        return
+    stage = f" in stage '{job.error.stage}'" if job.error.stage else ""
+    err.print(Text.assemble((f"{job.id} {job.status}{stage}: ", "bold red"), job.error.detail))
+    err.print(Text(f"  code  {job.error.code}"))
+    if job.error.hint:
+        err.print(Text(f"  hint  {job.error.hint}"))
+    if job.error.retryable:
+        err.print(Text(f"  It may work another time: dram retry {job.id}"))
+
+
+def dataset(made: Dataset) -> None:
+    """A data set and what was found in it."""
+    splits = ", ".join(f"{split.get('images', '?')} {name}" for name, split in made.splits.items())
+    out.print(Text(f"{made.id}  {made.name}: {len(made.classes)} classes ({splits})"))
+    for remark in made.report.get("warnings", []):
+        note(f"  {remark.get('detail', remark) if isinstance(remark, dict) else remark}")
+
+
+def prediction(seen: Prediction) -> None:
+    table(("label", "score"), [(score.label, f"{score.score:.3f}") for score in seen.predictions])
+
+
+def report(found: dict[str, Any]) -> None:
+    """Student beside teacher: accuracy, size, speed."""
+    student, teacher, latency = found["student"], found["teacher"], found["latency"]
+    rows = [
+        ("accuracy", _interval(student["accuracy"]), _interval(teacher["accuracy"])),
+        ("parameters", f"{student['parameters']:,}", f"{teacher['parameters']:,}"),
+        ("file", _size(student["bytes"]), _size(teacher["bytes"])),
+        ("one image", *(f"{latency[name]['median_ms']:.2f} ms" for name in ("student", "teacher"))),
+    ]
+    table(("", f"student {student['name']}", f"teacher {teacher['name']}"), rows)
+    ratio = found["compression"]
+    out.print(
+        Text(
+            f"{ratio['bytes']:.0f} times smaller, {latency['speedup']['value']:.1f} times faster "
+            f"({latency['runtime']}, {latency['threads']} thread); "
+            f"agreement with the teacher {_interval(found['agreement'])}"
+        )
+    )
+    if found["int8"]["asked"]:
+        out.print(
+            Text(f"int8: {'made' if found['int8']['accepted'] else 'refused'}, {found['int8']['reason']}")
+        )
+    out.print(Text(found["evaluation"]["explanation"], style="dim"))
+
+
+def jobs(listed: Iterable[Job]) -> None:
+    rows = [
+        (job.id, job.status, f"{job.progress.percent:.0f} %", job.method, job.student, job.student_id)
+        for job in listed
+    ]
+    table(("job", "status", "done", "method", "architecture", "student"), rows)
+
+
+def follow(events: Iterator[JobEvent]) -> None:
+    """Show a job's progress until its events end."""
+    if err.is_terminal:
+        _bar(events)
+    else:
+        _lines(events)
+
+
+def _bar(events: Iterator[JobEvent]) -> None:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[step]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    with Progress(*columns, console=err, speed_estimate_period=120) as progress:
+        bar = progress.add_task("waiting for a worker", total=100, step="")
+        for event in events:
+            match event.type:
+                case "stage.progress":
+                    step = f"{event.data.get('step', 0)}/{event.data.get('total', 0)}"
+                    progress.update(bar, description=_stage(event), step=step, completed=_percent(event))
+                case "stage.started":
+                    progress.update(bar, description=_stage(event), step="")
+                case "stage.succeeded" | "stage.reused":
+                    word = "done" if event.type == "stage.succeeded" else "reused from an earlier job"
+                    progress.console.print(Text(f"  {_stage(event)}: {word}", style="dim"))
+                case "job.succeeded":
+                    progress.update(bar, description="finished", step="", completed=100)
+                case "job.created" | "job.started":
+                    pass
+                case _:
+                    progress.console.print(Text(f"  {event.type}", style="dim"))
+
+
+def _lines(events: Iterator[JobEvent]) -> None:
+    shown = 0.0
+    for event in events:
+        if event.type != "stage.progress":
+            note(" ".join(part for part in (event.type, _stage(event)) if part))
+        elif _percent(event) >= shown + _LINE_EVERY_PERCENT:
+            shown = _percent(event)
+            note(f"{shown:.0f} % ({_stage(event)} {event.data.get('percent', 0):.0f} %)")
+
+
+def _interval(share: dict[str, Any]) -> str:
+    """A share with its 95 % interval."""
+    return f"{share['value']:.1%} [{share['low']:.1%}, {share['high']:.1%}]"
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count / 2**10:.0f} KiB"
+
+
+def _stage(event: JobEvent) -> str:
+    return str(event.data.get("stage") or "")
+
+
+def _percent(event: JobEvent) -> float:
+    return float(event.data.get("job_percent") or 0.0)
