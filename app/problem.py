@@ -120,7 +120,7 @@ def _from_http(error: HTTPException) -> DramError:
     status = HTTPStatus(error.status_code)
     problem = DramError(_DETAILS.get(status, str(error.detail)), headers=dict(error.headers or {}))
     problem.status = status.value
-    problem.code = status.phrase.lower().replace(" ", "_").replace("-", "_")
+    problem.code = "too_large" if status == 413 else status.name.lower()
     problem.title = status.phrase
     return problem
 
@@ -191,7 +191,7 @@ def _document_operation(operation: dict[str, Any], keyed: bool) -> None:
     for status, description in described.items():
         responses[status] = {"description": description}
     for status, response in responses.items():
-        if status == "default" or int(status) >= 400:
+        if status in described or (int(status) >= 400 and "content" not in response):
             response["content"] = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
 
 

@@ -1,0 +1,77 @@
+"""The operator's own teachers beside the catalogue."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from app.errors import Invalid, Unavailable
+from app.settings import Settings
+from app.teachers import service
+from models.teachers import TEACHERS
+
+ENTRY = """
+[[teacher]]
+name = "our_vit"
+title = "Our ViT"
+kind = "timm"
+source = "/srv/networks/our_vit"
+input_size = 224
+parameters = 22056576
+embedding_dim = 384
+licence = "proprietary"
+licence_url = "https://example.org/licence"
+"""
+
+
+def settings(tmp_path: Path, text: str | None) -> Settings:
+    path = tmp_path / "teachers.toml"
+    if text is not None:
+        path.write_text(text)
+    return Settings(home=tmp_path, teachers_file=path)
+
+
+def test_without_a_file_there_is_the_catalogue(tmp_path: Path) -> None:
+    assert service.catalogue(Settings(home=tmp_path)) == TEACHERS
+
+
+def test_the_operators_teachers_are_added(tmp_path: Path) -> None:
+    found = service.catalogue(settings(tmp_path, ENTRY))
+    assert found.keys() == TEACHERS.keys() | {"our_vit"}
+    assert service.find(settings(tmp_path, ENTRY), "our_vit").embedding_dim == 384
+    state = service.availability(found["our_vit"])
+    assert not state.available
+    assert "/srv" not in state.reason
+
+
+def test_a_change_of_the_file_is_seen(tmp_path: Path) -> None:
+    configured = settings(tmp_path, ENTRY)
+    assert "our_vit" in service.catalogue(configured)
+    settings(tmp_path, ENTRY.replace("our_vit", "new_vit"))
+    os.utime(tmp_path / "teachers.toml", ns=(1, 1))
+    assert "new_vit" in service.catalogue(configured)
+
+
+def test_an_unknown_teacher_is_refused_with_the_valid_ones(tmp_path: Path) -> None:
+    with pytest.raises(Invalid, match=r"'nope'.*efficientnet_lite0.*our_vit") as caught:
+        service.find(settings(tmp_path, ENTRY), "nope")
+    assert caught.value.code == "unknown_teacher"
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (None, "cannot be read"),
+        ("[[teacher", "no TOML"),
+        (ENTRY.replace("input_size = 224", "input_size = 9"), "/input_size"),
+        (ENTRY.replace('source = "/srv/networks/our_vit"', 'source = "owner/name"'), "commit"),
+        (ENTRY + ENTRY, "twice"),
+        (ENTRY.replace("our_vit", "efficientnet_lite0"), "twice"),
+    ],
+)
+def test_a_wrong_file_says_what_is_wrong(tmp_path: Path, text: str | None, why: str) -> None:
+    with pytest.raises(Unavailable, match=why) as caught:
+        service.catalogue(settings(tmp_path, text))
+    assert "DRAM_TEACHERS_FILE" in caught.value.detail
