@@ -68,6 +68,13 @@ def migrate(home: HomeFolder = HERE) -> None:
 
 
 @cli.command()
+def first_key(home: HomeFolder = HERE) -> None:
+    """Make the first API key of a new database and print it; `dram up` does this by itself."""
+    os.environ["DRAM_HOME"] = str(home)
+    os.execv(sys.executable, [sys.executable, "-m", "app.first_key"])
+
+
+@cli.command()
 def teachers(url: Url = None, key: Key = None, home: HomeFolder = HERE, as_json: AsJson = False) -> None:
     """List the networks that can teach."""
     with service(url, key, Home(home)) as dram:
@@ -78,15 +85,15 @@ def teachers(url: Url = None, key: Key = None, home: HomeFolder = HERE, as_json:
     rows = [
         (
             row["id"],
-            "yes" if row["available"] else f"no: {row.get('reason', '')}",
+            "yes" if row["available"] else "no",
             _millions(row.get("parameters")),
             row.get("input_size"),
             row.get("licence"),
-            row.get("title"),
+            row.get("title") if row["available"] else row.get("reason"),
         )
         for row in listed
     ]
-    console.table(("teacher", "available", "parameters", "pixels", "licence", "title"), rows)
+    console.table(("teacher", "available", "parameters", "pixels", "licence", "about"), rows)
 
 
 @cli.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -19,8 +20,11 @@ from rich.text import Text
 
 from app.client import Dataset, DramApiError, Job, JobEvent, Prediction
 
-out = Console()
-err = Console(stderr=True)
+#: Into a pipe nothing is folded: each line stays whole.
+_PIPED_WIDTH = 500
+
+out = Console(width=None if sys.stdout.isatty() else _PIPED_WIDTH)
+err = Console(stderr=True, soft_wrap=True)
 
 #: Where nothing can be redrawn, a line is printed each time the job has come so much further.
 _LINE_EVERY_PERCENT = 10.0
@@ -32,7 +36,7 @@ def table(columns: Iterable[str], rows: Iterable[Iterable[Any]], title: str | No
     grid = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for position, name in enumerate(columns):
         numeric = bool(cells) and all(row[position][:1].isdigit() or not row[position] for row in cells)
-        grid.add_column(name, justify="right" if numeric else "left", overflow="fold")
+        grid.add_column(name, justify="right" if numeric else "left", overflow="fold", no_wrap=position == 0)
     for row in cells:
         grid.add_row(*(Text(cell) for cell in row))
     out.print(grid)

@@ -1,0 +1,50 @@
+# Needs python3 (3.11 or newer, with venv) and make. `make` lists the targets.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+# Benchmarks that `make bench` runs; each takes --quick.
+BENCHMARKS ?= $(filter-out benchmarks/record.py,$(wildcard benchmarks/*.py))
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo up test test-slow lint format bench clean
+
+help:  ## List the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/:/' | awk -F': *' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+install: $(STAMP)  ## Make .venv with everything in the tested versions
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Dram needs Python 3.11 or newer: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[worker,embedded,s3,dev]'
+	@touch $@
+
+demo: $(STAMP)  ## From real images to a student that classifies, through the whole service
+	$(BIN)/python examples/demo.py
+
+up: $(STAMP)  ## Start the service on this machine, until Ctrl-C
+	$(BIN)/dram up
+
+test: $(STAMP)  ## Run the tests, but for the slow ones
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(STAMP)  ## Run the slow tests only
+	$(BIN)/python -m pytest -m slow --timeout 1800
+
+lint: $(STAMP)  ## Check style, types and who imports whom
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP)  ## Let ruff lay out the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)  ## Run every benchmark in its small version
+	@for script in $(BENCHMARKS); do echo "== $$script" && $(BIN)/python $$script --quick || exit 1; done
+
+clean:  ## Remove .venv and caches; .dram, which holds your data, stays
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
