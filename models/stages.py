@@ -29,7 +29,10 @@ class TeacherParams(Params):
     """What the teacher is shown."""
 
     input_size: int | None = Field(
-        None, ge=32, le=1024, description="Side in pixels of the images the teacher sees. Empty: its own size."
+        None,
+        ge=32,
+        le=1024,
+        description="Side in pixels of the images the teacher sees. Empty: its own size.",
     )
     views: int = Field(
         8,
@@ -56,7 +59,10 @@ class DistillationParams(Params):
     """How the student is trained."""
 
     input_size: int | None = Field(
-        None, ge=32, le=224, description="Side in pixels of the student's images. Empty: the student's own size."
+        None,
+        ge=32,
+        le=224,
+        description="Side in pixels of the student's images. Empty: the student's own size.",
     )
     steps: int = Field(3000, ge=1, le=200_000, description="Optimiser steps.")
     batch_size: int = Field(64, ge=2, le=1024, description="Images in a batch.")
@@ -65,23 +71,34 @@ class DistillationParams(Params):
     temperature: float = Field(2.0, gt=0, le=20, description="Softens the teacher's and student's logits.")
     kd_weight: float = Field(1.0, ge=0, le=10, description="Weight of the divergence from the teacher.")
     support_weight: float = Field(
-        0.2, ge=0, le=10, description="Weight of the cross-entropy with the true labels of the labelled images."
+        0.2,
+        ge=0,
+        le=10,
+        description="Weight of the cross-entropy with the true labels of the labelled images.",
     )
     support_share: float = Field(
-        0.1, ge=0, le=1, description="Least share of labelled images in a batch, where there are unlabelled ones."
+        0.1,
+        ge=0,
+        le=1,
+        description="Least share of labelled images in a batch, where there are unlabelled ones.",
     )
     crop: float = Field(
         0.0, ge=0, lt=1, description="Random crops keep at least 1 - this share of the area. 0: shifts only."
     )
     shift: float = Field(0.125, ge=0, le=0.5, description="Random shifts, as a share of the image's side.")
     flip: bool = Field(True, description="Mirror half of the images. Switch off where left and right matter.")
-    colour: float = Field(0.0, ge=0, le=1, description="Strength of random brightness, contrast and saturation.")
+    colour: float = Field(
+        0.0, ge=0, le=1, description="Strength of random brightness, contrast and saturation."
+    )
     erase: float = Field(0.0, ge=0, le=1, description="Share of images with one random rectangle greyed out.")
     mixup: float = Field(0.0, ge=0, le=4, description="MixUp's Beta parameter. 0: no MixUp.")
     cutmix: float = Field(0.0, ge=0, le=4, description="CutMix's Beta parameter. 0: no CutMix.")
     mix_share: float = Field(0.5, ge=0, le=1, description="Share of batches that MixUp or CutMix changes.")
     ema_decay: float = Field(
-        0.995, ge=0, lt=1, description="Decay of the running average of the weights that is kept. 0: last weights."
+        0.995,
+        ge=0,
+        lt=1,
+        description="Decay of the running average of the weights that is kept. 0: last weights.",
     )
 
 

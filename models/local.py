@@ -1,0 +1,195 @@
+"""Run a method on this machine without a service: the same stages and keys, a folder for storage.
+
+For notebooks and benchmarks, and the reference that the service must agree with.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from models.data import archive, fewshot
+from models.methods import METHODS
+from models.pipeline import (
+    Method,
+    Params,
+    PlannedStage,
+    Report,
+    StageContext,
+    digest,
+    inputs_of,
+)
+from models.runtime import resolve_device
+from models.teachers import TEACHERS, TeacherSpec
+
+_CHECKPOINT_SECONDS = 60.0
+
+#: Called as progress(stage name, shard, step, total, metrics).
+Progress = Callable[[str, int, int, int, Mapping[str, float]], None]
+
+
+@dataclass(frozen=True)
+class LocalRun:
+    """`folders`: artefact name -> its folders, one a shard; `seconds`: what each stage took, 0 if reused."""
+
+    planned: tuple[PlannedStage, ...]
+    folders: Mapping[str, tuple[Path, ...]]
+    seconds: Mapping[str, float]
+
+    def folder(self, name: str) -> Path:
+        """The folder of an artefact made in one piece."""
+        (folder,) = self.folders[name]
+        return folder
+
+
+def run(
+    method: Method | str,
+    images: Path | Mapping[str, Path],
+    teacher: TeacherSpec | str,
+    student: str,
+    out: Path,
+    *,
+    params: Params | None = None,
+    preset: str = "balanced",
+    seed: int = 0,
+    device: str = "auto",
+    wanted: Sequence[str] | None = None,
+    progress: Progress | None = None,
+) -> LocalRun:
+    """Execute the stages of a method; what lies under `out` from an earlier run is not done again.
+
+    `images` is a folder of class folders (with optional `test/` and `unlabelled/`), or packed splits by name:
+    `support`, `unlabelled`, `test`. `wanted` names the artefacts to make, with what they need; None: all.
+    """
+    method = METHODS[method] if isinstance(method, str) else method
+    teacher = TEACHERS[teacher] if isinstance(teacher, str) else teacher
+    params = params or method.resolve(preset, {})
+    splits = fewshot.pack_folder(images, out / "splits") if isinstance(images, Path) else dict(images)
+    sources = {**splits, **_write_names(out / "sources", teacher, student)}
+    shape = fewshot.shape_of(splits["support"], splits.get("unlabelled"), splits.get("test"))
+    planned = method.plan(shape, source_digests(splits, teacher, student), params, seed)
+    folders: dict[str, tuple[Path, ...]] = {name: (path,) for name, path in sources.items()}
+    made = {step.stage.output: step for step in planned}
+    needed = set(made) if wanted is None else _ancestors(wanted, made, folders)
+    seconds: dict[str, float] = {}
+    for step in planned:
+        if step.stage.output not in needed:
+            continue
+        started = time.monotonic()
+        available = {**folders}
+        names = inputs_of(step.stage, available)
+        stored = []
+        reused = True
+        for shard, key in enumerate(step.shard_keys):
+            target = out / "artefacts" / key
+            stored.append(target)
+            if target.is_dir():
+                continue
+            reused = False
+            working = _emptied(out / "working" / key)
+            context = StageContext(
+                inputs={name: available[name] for name in names},
+                output=working,
+                shape=shape,
+                seed=seed,
+                device=str(resolve_device(device)),
+                report=_reporter(progress, step.stage.name, shard),
+                checkpoints=FolderCheckpoints(out / "checkpoints" / key),
+                shard=shard,
+                shards=len(step.shard_keys),
+            )
+            step.stage.run(context, method.stage_params(step.stage, step.params))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            working.rename(target)
+            shutil.rmtree(out / "checkpoints" / key, ignore_errors=True)
+        folders[step.stage.output] = tuple(stored)
+        seconds[step.stage.name] = 0.0 if reused else time.monotonic() - started
+    return LocalRun(planned, folders, seconds)
+
+
+def source_digests(splits: Mapping[str, Path], teacher: TeacherSpec, student: str) -> dict[str, str]:
+    """The content digests of a job's sources: of the packed images, the teacher's spec, the student's name."""
+    digests = {name: _file_digest(path / archive.FILE_NAME) for name, path in splits.items()}
+    digests["teacher"] = digest(teacher_document(teacher))
+    digests["student"] = digest({"name": student})
+    return digests
+
+
+def teacher_document(teacher: TeacherSpec) -> dict[str, Any]:
+    """What `teacher.json` says; sets in a fixed order, so that equal teachers have equal digests."""
+    document = teacher.model_dump(mode="json")
+    return {**document, "offers": sorted(document["offers"])}
+
+
+@dataclass
+class FolderCheckpoints:
+    """Keeps the newest checkpoint of one shard in a folder."""
+
+    folder: Path
+    every: float = _CHECKPOINT_SECONDS
+    _saved: float = field(default_factory=time.monotonic)
+
+    def latest(self) -> Path | None:
+        found = sorted(self.folder.glob("step-*"))
+        return found[-1] if found else None
+
+    def due(self) -> bool:
+        return time.monotonic() - self._saved >= self.every
+
+    def save(self, step: int, write: Callable[[Path], None]) -> None:
+        older = sorted(self.folder.glob("step-*"))
+        working = _emptied(self.folder / "writing")
+        write(working)
+        working.rename(self.folder / f"step-{step:09d}")
+        for folder in older:
+            shutil.rmtree(folder)
+        self._saved = time.monotonic()
+
+
+def _ancestors(
+    wanted: Sequence[str], made: Mapping[str, PlannedStage], given: Mapping[str, object]
+) -> set[str]:
+    """The artefacts among `made` that `wanted` ones need, themselves included."""
+    needed: set[str] = set()
+    open_ends = list(wanted)
+    while open_ends:
+        name = open_ends.pop()
+        if name in needed or name in given or name not in made:
+            continue
+        needed.add(name)
+        open_ends += inputs_of(made[name].stage, made)
+    return needed
+
+
+def _write_names(folder: Path, teacher: TeacherSpec, student: str) -> dict[str, Path]:
+    documents = {"teacher": teacher_document(teacher), "student": {"name": student}}
+    for name, document in documents.items():
+        target = folder / digest(document) / name
+        target.mkdir(parents=True, exist_ok=True)
+        (target / f"{name}.json").write_text(json.dumps(document, ensure_ascii=False))
+    return {name: folder / digest(document) / name for name, document in documents.items()}
+
+
+def _reporter(progress: Progress | None, stage: str, shard: int) -> Report:
+    def report(step: int, total: int, **metrics: float) -> None:
+        if progress:
+            progress(stage, shard, step, total, metrics)
+
+    return report
+
+
+def _emptied(folder: Path) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

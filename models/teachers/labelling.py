@@ -1,0 +1,62 @@
+"""LABEL: fit the teacher's few-shot head and write its logits for every view of every image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from models.arrays import Features, Logits, Views
+from models.data import archive, fewshot
+from models.pipeline import StageContext
+from models.stages import HeadParams
+from models.teachers import few_shot_head, questions
+
+
+@dataclass(frozen=True)
+class SoftLabels:
+    """The teacher's logits [n, C] for view `view` [n, 5] of image `image` [n] (support first, then unlabelled)."""
+
+    logits: Logits
+    image: Tensor
+    view: Views
+
+    def save(self, folder: Path) -> None:
+        tensors = {"logits": self.logits, "image": self.image, "view": self.view}
+        save_file(tensors, folder / "soft_labels.safetensors")
+
+
+def load(folder: Path) -> SoftLabels:
+    return SoftLabels(**load_file(folder / "soft_labels.safetensors"))
+
+
+def label(context: StageContext, params: HeadParams) -> None:
+    """Fit the head to the support images' features and apply it to all. Writes the head and `SoftLabels`."""
+    support = context.folder("support")
+    labels = fewshot.read_labels(support)
+    count = context.shape.support + context.shape.unlabelled
+    features, image, view, size = questions.read_answers(context.inputs["teacher_answers"], count)
+    classes = archive.read_index(support / archive.FILE_NAME).classes
+    labelled = image < len(labels)
+    centre = centre_of(features, image, len(labels))
+    head = few_shot_head.fit(features[labelled], labels[image[labelled]], centre, params, classes, size)
+    head.save(context.output)
+    SoftLabels(head.logits(features), image, view).save(context.output)
+    context.report(1, 1)
+
+
+def centre_of(features: Features, image: Tensor, support: int) -> Tensor:
+    """Where features are centred [D]: the mean of the unlabelled images, of the support where there are none."""
+    unlabelled = image >= support
+    chosen = unlabelled if bool(unlabelled.any()) else torch.ones_like(unlabelled)
+    return features[chosen].mean(0)
+
+
+def own_view(image: Tensor, view: Views, images: Tensor) -> Tensor:
+    """Rows [k] of `image` [n] that show each of `images` [k] whole and unmirrored."""
+    whole = (view == torch.tensor([0.0, 0.0, 1.0, 1.0, 0.0])).all(1)
+    rows = {int(image[row]): int(row) for row in whole.nonzero()[:, 0]}
+    return torch.tensor([rows[int(position)] for position in images], dtype=torch.long)

@@ -1,0 +1,69 @@
+"""CROSS_VALIDATE: how well head and student do on labelled images that neither has seen."""
+
+from __future__ import annotations
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from models import students
+from models.arrays import Pixels, Probabilities
+from models.data import fewshot, images
+from models.pipeline import StageContext
+from models.runtime import resolve_device
+from models.stages import DistillationParams
+from models.teachers import few_shot_head, labelling, questions
+from models.training import distillation
+
+_BATCH = 256
+
+
+def cross_validate(context: StageContext, params: DistillationParams) -> None:
+    """One fold: hold a part of the support back, do everything else without it, then answer for it.
+
+    The unlabelled images stay with the training part; no label of the held-back images, and without
+    unlabelled images no held-back image either, reaches the head, its centre or the student.
+    Writes `predictions.safetensors`: "student", "teacher" [n, C], "labels", "index" int64 [n].
+    """
+    name = students.read_name(context.folder("student"))
+    size = params.input_size or students.spec_of(name).input_size
+    device = resolve_device(context.device)
+    pixels, labels, classes = distillation.read_images(context, size)
+    features, image, view, _ = questions.read_answers(context.inputs["teacher_answers"], len(labels))
+    support = int((labels >= 0).sum())
+    held = fewshot.stratified_folds(labels[:support], context.shards, context.seed) == context.shard
+    index = held.nonzero()[:, 0]
+
+    kept = torch.cat([~held, torch.ones(len(labels) - support, dtype=torch.bool)])
+    kept_rows = kept[image]
+    position = kept.cumsum(0) - 1  # of each kept image among the kept
+    learnt, learnt_image = features[kept_rows], position[image[kept_rows]]
+    learnt_labels = labels[kept]
+    labelled = learnt_labels[learnt_image] >= 0
+    centre = labelling.centre_of(learnt, learnt_image, int((learnt_labels >= 0).sum()))
+    head = few_shot_head.load(context.folder("soft_labels")).refit(
+        learnt[labelled], learnt_labels[learnt_image[labelled]], centre
+    )
+    soft = labelling.SoftLabels(head.logits(learnt), learnt_image, view[kept_rows])
+    data = distillation.training_set(pixels[kept], learnt_labels, soft, device)
+    network = distillation.new_student(name, len(classes), size, context.seed, device)
+    trained, _ = distillation.train(network, data, params, context.seed, context.report, context.checkpoints)
+    asked = labelling.own_view(image, view, index)
+    predictions = {
+        "student": predict(trained, pixels[index]),
+        "teacher": head.logits(features[asked]).softmax(-1),
+        "labels": labels[index],
+        "index": index,
+    }
+    save_file(predictions, context.output / "predictions.safetensors")
+
+
+@torch.inference_mode()
+def predict(network: nn.Module, pixels: Pixels) -> Probabilities:
+    """Probabilities float32 [N, C], on the CPU, of a trained student for images of its own size."""
+    device = next(network.parameters()).device
+    rows: list[Tensor] = [
+        network(images.normalise(part.to(device).float() / 255)).float().softmax(-1).cpu()
+        for part in torch.split(pixels, _BATCH)
+    ]
+    return torch.cat(rows)
