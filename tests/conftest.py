@@ -16,9 +16,10 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psycopg
@@ -76,15 +77,17 @@ class Postgres:
 
 
 @contextmanager
-def _program(command: list[str], log: Path, user: str | None = None) -> Iterator[subprocess.Popen[bytes]]:
+def _program(
+    command: list[str], log: Path, user: str | None = None, stop: signal.Signals = signal.SIGTERM
+) -> Iterator[None]:
     with log.open("wb") as output:
         process = subprocess.Popen(
             command, stdout=output, stderr=output, user=user, preexec_fn=_die_with_parent, cwd="/"
         )
     try:
-        yield process
+        yield
     finally:
-        process.terminate()
+        process.send_signal(stop)
         try:
             process.wait(10)
         except subprocess.TimeoutExpired:
@@ -151,7 +154,7 @@ def postgres() -> Iterator[Postgres]:
         }
         command = [str(programs / "postgres"), "-D", str(folder / "data")]
         command += [part for setting, value in settings.items() for part in ("-c", f"{setting}={value}")]
-        with _program(command, folder / "log", user):
+        with _program(command, folder / "log", user, stop=signal.SIGINT):
             server = Postgres(socket)
             eventually(server.answers, f"PostgreSQL; its log: {folder / 'log'}")
             database = Database(server.create("migrated"))
@@ -271,3 +274,19 @@ def anonymous(gateway: Gateway) -> Iterator[httpx.Client]:
     """Speaks to the gateway without a key."""
     with gateway.client(None) as client:
         yield client
+
+
+@pytest.fixture
+def gateway_with(settings: Settings) -> Callable[..., AbstractContextManager[Gateway]]:
+    """`with gateway_with(max_images=3) as gateway`: one with other settings than the rest of the test."""
+
+    @contextmanager
+    def started(**changed: Any) -> Iterator[Gateway]:
+        wiring = Wiring.build(settings.model_copy(update=changed))
+        key = keys.ensure_first_key(wiring)
+        assert key is not None
+        with serving(wiring) as url:
+            yield Gateway(url, key, wiring)
+        wiring.close()
+
+    return started
