@@ -79,6 +79,12 @@ class Database:
             yield session
 
     @contextmanager
+    def rows(self) -> Iterator[sa.Connection]:
+        """A connection for reads of plain rows: half the price of a session, for what is asked most often."""
+        with self._reader.connect() as connection:
+            yield connection
+
+    @contextmanager
     def writing(self) -> Iterator[orm.Session]:
         """One write unit: committed at the end, rolled back on an exception. Keep it short."""
         with orm.Session(self.engine, expire_on_commit=False) as session, session.begin():
@@ -94,6 +100,12 @@ Row = TypeVar("Row", bound=Base)
 def owned(table: type[Row], principal: Principal) -> sa.Select[Row]:
     """The only way to select a tenant's rows."""
     return sa.select(table).where(table.tenant == principal.tenant)  # type: ignore[attr-defined]
+
+
+def owned_rows(table: type[Base], *, without: tuple[str, ...] = ()) -> sa.Select[Any]:
+    """Like `owned`, as plain rows and made once: give `tenant` (and what you add) when executing."""
+    columns = [column for column in table.__table__.c if column.name not in without]
+    return sa.select(*columns).where(table.__table__.c.tenant == sa.bindparam("tenant"))
 
 
 def _configure_sqlite(connection: sqlite3.Connection, record: Any) -> None:

@@ -13,7 +13,7 @@ from app import ids
 from app.db import now
 from app.jobs import events
 from app.jobs.tables import Job, JobStage, Shard, StageOutput
-from models.pipeline import SOURCES, JobShape, Method, Params, PlannedStage, digest, inputs_of
+from models.pipeline import JobShape, Method, Params, PlannedStage, digest, inputs_of
 
 
 def stages(
@@ -36,27 +36,31 @@ def write(session: Session, job: Job, planned: tuple[PlannedStage, ...]) -> None
     existing = reusable(session, job.tenant, planned)
     used = sa.and_(StageOutput.tenant == job.tenant, StageOutput.key.in_(existing))
     session.execute(sa.update(StageOutput).where(used).values(used_at=now()))
-    made = {stage.stage.output for stage in planned}
+    made = {entry.stage.output for entry in planned}
+    stages, shards = [], []
     for position, entry in enumerate(planned):
         reused = existing.issuperset(entry.shard_keys)
-        needs = [name for name in inputs_of(entry.stage, made) if name in made and name not in SOURCES]
-        stage = JobStage(
-            id=ids.new("stg"), job_id=job.id, position=position, name=entry.stage.name, key=entry.key,
-            output=entry.stage.output, needs=needs, queue=entry.stage.queue, weight=entry.stage.weight,
-            params=entry.params, shards=len(entry.shard_keys), status="reused" if reused else "waiting",
-            percent=100.0 if reused else 0.0,
+        stage_id = ids.new("stg")
+        needs = [name for name in inputs_of(entry.stage, made) if name in made]
+        stages.append(
+            {
+                "id": stage_id, "job_id": job.id, "position": position, "name": entry.stage.name, "key": entry.key,
+                "output": entry.stage.output, "needs": needs, "queue": entry.stage.queue,
+                "weight": entry.stage.weight, "params": entry.params, "shards": len(entry.shard_keys),
+                "status": "reused" if reused else "waiting", "percent": 100.0 if reused else 0.0,
+            }
         )  # fmt: skip
-        session.add(stage)
-        session.flush()
-        session.add_all(
-            Shard(
-                id=ids.new("shd"), job_id=job.id, stage_id=stage.id, position=index, key=key,
-                queue=entry.stage.queue, status="reused" if key in existing else "waiting",
-            )
+        shards += [
+            {
+                "id": ids.new("shd"), "job_id": job.id, "stage_id": stage_id, "position": index, "key": key,
+                "queue": entry.stage.queue, "status": "reused" if key in existing else "waiting",
+            }
             for index, key in enumerate(entry.shard_keys)
-        )  # fmt: skip
+        ]  # fmt: skip
         if reused:
-            events.append(session, job, "stage.reused", stage=stage.name)
+            events.append(session, job, "stage.reused", stage=entry.stage.name)
+    session.execute(sa.insert(JobStage), stages)
+    session.execute(sa.insert(Shard), shards)
 
 
 def shape_of(classes: int, smallest_class: int, splits: Mapping[str, Mapping[str, Any]]) -> JobShape:

@@ -12,13 +12,11 @@ from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
 
-from app.db import owned
 from app.errors import BadRequest
 from app.jobs import lifecycle, service
 from app.jobs.events import TERMINAL
 from app.jobs.schemas import CurvePoint, EventView, JobOrder, JobView, PlanView, Status
-from app.jobs.tables import Job
-from app.paging import Limit, Page, newest
+from app.paging import Limit, Page
 from app.security.dependencies import Wired, allowed
 from app.security.principal import Principal
 from app.wiring import Wiring
@@ -62,14 +60,10 @@ def index(
     dataset_id: str | None = None,
 ) -> Response:
     """Your jobs, newest first."""
-    select = owned(Job, principal)
-    if status is not None:
-        select = select.where(Job.status == status)
-    if dataset_id is not None:
-        select = select.where(Job.dataset_id == dataset_id)
-    with wired.database.reading() as session:
-        jobs, has_more = newest(session, select, Job.id, limit=limit, after=after)
-        page = Page[JobView](data=service.views(session, jobs), has_more=has_more)
+    jobs, has_more = service.page(
+        wired, principal, limit=limit, after=after, status=status, dataset_id=dataset_id
+    )
+    page = Page[JobView](data=jobs, has_more=has_more)
     return _json(page.model_dump_json())
 
 

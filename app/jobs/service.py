@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 
 from app import ids
 from app.datasets import service as datasets
-from app.db import now, owned, upsert
+from app.db import now, owned, owned_rows, upsert
 from app.errors import Conflict, Finding, Invalid, NotFound, TooMany
 from app.jobs import events, lifecycle, plan
 from app.jobs.lifecycle import Ready
@@ -32,6 +32,7 @@ from app.jobs.schemas import (
     StageView,
 )
 from app.jobs.tables import IdempotencyKey, Job, JobEvent, JobMetric, JobStage
+from app.paging import newest
 from app.security.principal import Principal
 from app.teachers import service as teachers
 from app.wiring import Wiring
@@ -39,6 +40,14 @@ from models.methods import METHODS
 from models.pipeline import Method, Params, digest
 from models.students import STUDENTS
 from models.teachers import TeacherSpec
+
+# What GET job asks, made once: building a statement costs as much as running it.
+_ONE_JOB = owned_rows(Job, without=("sources", "shape")).where(Job.id == sa.bindparam("id"))
+_STAGES = (
+    sa.select(*[column for column in JobStage.__table__.c if column.name not in ("params", "needs", "key")])
+    .where(JobStage.job_id.in_(sa.bindparam("jobs", expanding=True)))
+    .order_by(JobStage.job_id, JobStage.position)
+)
 
 
 @dataclass(frozen=True)
@@ -116,13 +125,36 @@ def announce(wiring: Wiring, ready: list[Ready]) -> None:
 def find(session: Session, principal: Principal, job_id: str) -> Job:
     job = session.scalar(owned(Job, principal).where(Job.id == job_id))
     if job is None:
-        raise NotFound(f"There is no job '{job_id}'.", code="job_not_found")
+        raise _no_job(job_id)
     return job
 
 
 def read(wiring: Wiring, principal: Principal, job_id: str) -> JobView:
+    with wiring.database.rows() as connection:
+        job = connection.execute(_ONE_JOB, {"id": job_id, "tenant": principal.tenant}).one_or_none()
+        if job is None:
+            raise _no_job(job_id)
+        return _view(job, list(connection.execute(_STAGES, {"jobs": [job_id]})), time.time())
+
+
+def page(
+    wiring: Wiring,
+    principal: Principal,
+    *,
+    limit: int,
+    after: str | None,
+    status: str | None,
+    dataset_id: str | None,
+) -> tuple[list[JobView], bool]:
+    """The tenant's jobs, newest first, and whether more follow."""
+    select = owned(Job, principal)
+    if status is not None:
+        select = select.where(Job.status == status)
+    if dataset_id is not None:
+        select = select.where(Job.dataset_id == dataset_id)
     with wiring.database.reading() as session:
-        return view(session, find(session, principal, job_id))
+        jobs, has_more = newest(session, select, Job.id, limit=limit, after=after)
+        return views(session, jobs), has_more
 
 
 def cancel(wiring: Wiring, principal: Principal, job_id: str) -> JobView:
@@ -174,6 +206,10 @@ def metrics(wiring: Wiring, principal: Principal, job_id: str) -> list[CurvePoin
         ]
 
 
+def _no_job(job_id: str) -> NotFound:
+    return NotFound(f"There is no job '{job_id}'.", code="job_not_found")
+
+
 # ---- rows to answers ------------------------------------------------------------------------------------------
 
 
@@ -183,23 +219,20 @@ def view(session: Session, job: Job) -> JobView:
 
 
 def views(session: Session, jobs: list[Job]) -> list[JobView]:
-    select = (
-        sa.select(JobStage).where(JobStage.job_id.in_([job.id for job in jobs])).order_by(JobStage.position)
-    )
-    stages: dict[str, list[JobStage]] = {job.id: [] for job in jobs}
-    for stage in session.scalars(select):
+    stages: dict[str, list[Any]] = {job.id: [] for job in jobs}
+    for stage in session.connection().execute(_STAGES, {"jobs": list(stages)}):
         stages[stage.job_id].append(stage)
     clock = time.time()
     return [_view(job, stages[job.id], clock) for job in jobs]
 
 
-def _view(job: Job, stages: list[JobStage], clock: float) -> JobView:
+def _view(job: Any, stages: list[Any], clock: float) -> JobView:
     at = f"/v1/jobs/{job.id}"
     urls = {"self": at, "events": f"{at}/events", "metrics": f"{at}/metrics", "cancel": f"{at}/cancel"}
     if job.student_id:
         urls["student"] = f"/v1/students/{job.student_id}"
     return JobView(
-        object="job", id=job.id, status=job.status, attempt=job.attempt, dataset_id=job.dataset_id,  # type: ignore[arg-type]
+        object="job", id=job.id, status=job.status, attempt=job.attempt, dataset_id=job.dataset_id,
         teacher_id=job.teacher, method=job.method, student=job.student, preset=job.preset, params=job.params,
         seed=job.seed, progress=_progress(job, stages, clock), stages=[_stage_view(stage) for stage in stages],
         error=JobErrorView(**job.error) if job.error else None, student_id=job.student_id, metadata=job.labels,
@@ -212,14 +245,14 @@ def event_view(event: JobEvent) -> EventView:
     return EventView(id=event.number, type=event.type, data=event.data, created_at=event.created_at)
 
 
-def _stage_view(stage: JobStage) -> StageView:
+def _stage_view(stage: Any) -> StageView:
     return StageView(
-        name=stage.name, status=stage.status, percent=stage.percent, shards=stage.shards, queue=stage.queue,  # type: ignore[arg-type]
+        name=stage.name, status=stage.status, percent=stage.percent, shards=stage.shards, queue=stage.queue,
         started_at=stage.started_at, finished_at=stage.finished_at,
     )  # fmt: skip
 
 
-def _progress(job: Job, stages: list[JobStage], clock: float) -> Progress:
+def _progress(job: Any, stages: list[Any], clock: float) -> Progress:
     current = next((stage for stage in stages if stage.status == "running"), None)
     return Progress(
         percent=job.percent,
@@ -230,16 +263,16 @@ def _progress(job: Job, stages: list[JobStage], clock: float) -> Progress:
     )
 
 
-def _eta(job: Job, stages: list[JobStage], clock: float) -> float | None:
+def _eta(job: Any, stages: list[Any], clock: float) -> float | None:
     """When the job may end, if the rest runs as fast as what this job itself has done. None before it has."""
     if job.status != "running" or job.started_at is None:
         return None
     total = sum(stage.weight for stage in stages) or 1.0
     before = 100 * sum(stage.weight for stage in stages if stage.status == "reused") / total
-    done = job.percent - before
+    done: float = job.percent - before
     if done < 1.0:
         return None
-    return clock + (clock - job.started_at) * (100 - job.percent) / done
+    return float(clock + (clock - job.started_at) * (100 - job.percent) / done)
 
 
 # ---- checks ---------------------------------------------------------------------------------------------------
