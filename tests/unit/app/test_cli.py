@@ -1,0 +1,190 @@
+"""The command line as a person meets it: words, tables, exit codes. Each command is a real process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from app.home import Home
+from tests.unit.app.scripted import MODEL, Answer, Script, file, job, problem, script, stream
+
+__all__ = ["script"]  # the fixture
+
+FAILED = {
+    "code": "teacher_failed", "detail": "The teacher gave no answer.", "stage": "ask",
+    "hint": "Try another teacher.", "retryable": True,
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.chdir(tmp_path)
+    for name in [name for name in os.environ if name.startswith("DRAM_")]:
+        monkeypatch.delenv(name)
+    return
+
+
+def dram(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "app.cli", *map(str, arguments)],
+        env={**os.environ, "COLUMNS": "100", **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def listing(*items: object) -> Answer:
+    return Answer(body=json.dumps({"object": "list", "data": items, "has_more": False}).encode())
+
+
+def test_the_command_line_starts_without_the_server() -> None:
+    told = "import sys, app.cli; print([m for m in ('torch', 'fastapi', 'sqlalchemy', 'celery') if m in sys.modules])"
+    ran = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "[]"
+
+
+def test_help_names_every_command() -> None:
+    shown = dram("--help").stdout
+    names = "up migrate first-key teachers methods architectures upload submit watch jobs cancel retry download predict"
+    assert [name for name in (*names.split(), "distill") if name not in shown] == []
+
+
+def test_no_service_is_an_error_that_says_what_to_do() -> None:
+    ran = dram("jobs", "--url", "http://127.0.0.1:9")
+    assert ran.returncode == 1
+    assert "no answer from http://127.0.0.1:9" in ran.stderr
+    assert "`dram up` starts one" in ran.stderr
+    assert "Traceback" not in ran.stderr
+
+
+def test_jobs_are_listed_whole_in_a_pipe(script: Script) -> None:
+    document = json.loads(job("running", progress={"percent": 12}).body)
+    script.answers = [listing({**document, "id": "job_" + "a" * 60, "student": "s" * 80})]
+    ran = dram("jobs", "--url", script.url, "--key", "dram_k")
+    assert ran.returncode == 0
+    (row,) = [line for line in ran.stdout.splitlines() if "running" in line]
+    assert "job_" + "a" * 60 in row
+    assert "s" * 80 in row
+    assert "12 %" in row
+
+
+def test_a_refusal_shows_code_findings_and_request(script: Script) -> None:
+    findings = [
+        {"code": "less_than_equal", "pointer": "/params/distillation/steps", "detail": "At most 200000."}
+    ]
+    script.answers = [
+        listing({"id": "none", "available": False}, {"id": "lite0", "available": True}),
+        problem(
+            422, code="invalid_params", detail="A parameter is wrong.", errors=findings, request_id="req_7"
+        ),
+    ]
+    ran = dram("submit", "ds_1", "--param", "distillation.steps=9000000", "--url", script.url)
+    assert ran.returncode == 1
+    for words in (
+        "A parameter is wrong. [invalid_params]",
+        "/params/distillation/steps: At most 200000.",
+        "req_7",
+    ):
+        assert words in ran.stderr
+    order = json.loads(script.asked[1].body)
+    assert order["teacher_id"] == "lite0"
+    assert order["params"] == {"distillation": {"steps": 9000000}}
+
+
+def test_a_parameter_without_a_group_is_a_usage_error(script: Script) -> None:
+    ran = dram("submit", "ds_1", "--param", "steps=9", "--url", script.url)
+    assert ran.returncode == 2
+    assert "GROUP.NAME=VALUE" in ran.stderr
+    assert script.asked == []
+
+
+def test_watching_a_failed_job_says_why_and_fails(script: Script) -> None:
+    script.answers = [
+        stream((1, "job.created"), (2, "stage.started"), (3, "job.failed")),
+        job("failed", error=FAILED),
+    ]
+    ran = dram("watch", "job_1", "--url", script.url)
+    assert ran.returncode == 1
+    words = (
+        "teacher_failed",
+        "The teacher gave no answer.",
+        "stage 'ask'",
+        "Try another teacher.",
+        "dram retry job_1",
+    )
+    for said in words:
+        assert said in ran.stderr
+
+
+def test_watching_a_cancelled_job_fails(script: Script) -> None:
+    script.answers = [stream((1, "job.cancelled")), job("cancelled")]
+    ran = dram("watch", "job_1", "--url", script.url)
+    assert ran.returncode == 1
+    assert "job_1 was cancelled" in ran.stderr
+
+
+def test_watching_a_job_that_succeeds_ends_well(script: Script) -> None:
+    script.answers = [stream((1, "job.created"), (2, "job.succeeded")), job("succeeded", student_id="stu_1")]
+    ran = dram("watch", "job_1", "--url", script.url)
+    assert ran.returncode == 0
+    assert "stu_1" in ran.stderr
+
+
+def test_download_takes_a_job_and_prints_the_path(script: Script, tmp_path: Path) -> None:
+    script.answers = [job("succeeded", student_id="stu_1"), file(MODEL)]
+    ran = dram("download", "job_1", "--out", tmp_path / "s.onnx", "--url", script.url)
+    assert (ran.returncode, ran.stdout.strip()) == (0, str(tmp_path / "s.onnx"))
+    assert (tmp_path / "s.onnx").read_bytes() == MODEL
+    assert script.asked[1].path == "/v1/students/stu_1/model.onnx?precision=fp32"
+
+
+def test_download_of_an_unfinished_job_says_to_wait(script: Script) -> None:
+    script.answers = [job("running")]
+    ran = dram("download", "job_1", "--url", script.url)
+    assert ran.returncode == 1
+    assert "dram watch job_1" in ran.stderr
+
+
+def test_predict_prints_labels_and_scores(script: Script, tmp_path: Path) -> None:
+    seen = {"predictions": [{"label": "cat", "score": 0.91}, {"label": "dog", "score": 0.09}]}
+    script.answers = [Answer(body=json.dumps(seen).encode())]
+    (tmp_path / "x.png").write_bytes(b"picture")
+    ran = dram("predict", "stu_1", tmp_path / "x.png", "--top", "2", "--url", script.url)
+    assert ran.returncode == 0
+    assert [line.split() for line in ran.stdout.splitlines()[1:]] == [["cat", "0.910"], ["dog", "0.090"]]
+    assert script.asked[0].body == b"picture"
+    assert "top=2" in script.asked[0].path
+
+
+def test_predict_without_the_image_is_an_error_in_a_sentence(script: Script) -> None:
+    ran = dram("predict", "stu_1", "nowhere.png", "--url", script.url)
+    assert ran.returncode == 1
+    assert "nowhere.png" in ran.stderr
+    assert "Traceback" not in ran.stderr
+
+
+def test_distill_without_the_folder_starts_nothing(tmp_path: Path) -> None:
+    ran = dram("distill", "nowhere", "--out", "s.onnx", "--home", tmp_path / "home")
+    assert ran.returncode == 1
+    assert "there is no folder or zip 'nowhere'" in ran.stderr
+    assert not (tmp_path / "home").exists()
+
+
+def test_the_key_of_a_home_goes_to_this_machine_only(script: Script, tmp_path: Path) -> None:
+    home = Home(tmp_path / "home")
+    home.folder.mkdir()
+    home.keep_key("dram_secret")
+    script.answers = [listing(), listing()]
+    assert dram("jobs", "--url", script.url, "--home", home.folder).returncode == 0
+    assert script.asked[0].headers["Authorization"] == "Bearer dram_secret"
+    proxied = {"HTTP_PROXY": script.url, "http_proxy": script.url, "NO_PROXY": ""}
+    assert dram("jobs", "--url", "http://dram.example", "--home", home.folder, **proxied).returncode == 0
+    assert "Authorization" not in script.asked[1].headers
+    assert home.key_file.stat().st_mode & 0o777 == 0o600
