@@ -154,7 +154,7 @@ def postgres() -> Iterator[Postgres]:
         }
         command = [str(programs / "postgres"), "-D", str(folder / "data")]
         command += [part for setting, value in settings.items() for part in ("-c", f"{setting}={value}")]
-        with _program(command, folder / "log", user, stop=signal.SIGINT):
+        with _program(command, folder / "log", user, stop=signal.SIGQUIT):
             server = Postgres(socket)
             eventually(server.answers, f"PostgreSQL; its log: {folder / 'log'}")
             database = Database(server.create("migrated"))

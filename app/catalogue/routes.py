@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 from fastapi import APIRouter
 
 from app.catalogue.schemas import ArchitectureAnswer, MethodAnswer, StageAnswer
@@ -10,7 +12,7 @@ from app.paging import Page
 from app.problem import documented
 from app.security.dependencies import allowed
 from models.methods import METHODS
-from models.pipeline import Method, Stage
+from models.pipeline import Stage
 from models.students import STUDENTS, StudentSpec
 
 router = APIRouter(prefix="/v1", tags=["catalogue"], dependencies=[allowed("jobs:read")])
@@ -19,7 +21,7 @@ router = APIRouter(prefix="/v1", tags=["catalogue"], dependencies=[allowed("jobs
 @router.get("/methods")
 def methods() -> Page[MethodAnswer]:
     """The distillation methods, with the JSON schema of their parameters."""
-    return Page(data=[_method(method) for method in METHODS.values()], has_more=False)
+    return Page(data=[_method(name) for name in METHODS], has_more=False)
 
 
 @router.get("/methods/{name}", responses=documented(404))
@@ -28,7 +30,7 @@ def method(name: str) -> MethodAnswer:
         raise NotFound(
             f"There is no method '{name[:64]}'; there are: {', '.join(METHODS)}.", code="unknown_method"
         )
-    return _method(METHODS[name])
+    return _method(name)
 
 
 @router.get("/architectures")
@@ -48,7 +50,9 @@ def architecture(name: str) -> ArchitectureAnswer:
     return _architecture(STUDENTS[name])
 
 
-def _method(method: Method) -> MethodAnswer:
+@cache  # the schema takes milliseconds, and nothing of it changes while the process runs
+def _method(name: str) -> MethodAnswer:
+    method = METHODS[name]
     return MethodAnswer(
         object="method",
         id=method.name,

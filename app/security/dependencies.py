@@ -12,7 +12,12 @@ from app.security.principal import Principal
 from app.wiring import Wiring
 
 
-def wiring(request: Request) -> Wiring:
+async def wiring(request: Request) -> Wiring:
+    """Of this process. A coroutine, because FastAPI sends plain functions through the thread pool."""
+    return wiring_of(request)
+
+
+def wiring_of(request: Request) -> Wiring:
     return cast(Wiring, request.app.state.wiring)
 
 
@@ -23,7 +28,7 @@ def allowed(scope: str) -> Any:
     """`principal: Annotated[Principal, allowed("jobs:read")]`: 401 without a valid key, 403 without the scope."""
 
     async def principal(request: Request) -> Principal:
-        caller = await keys.authenticate(wiring(request), request.headers)
+        caller = await keys.authenticate(wiring_of(request), request.headers)
         if not caller.may(scope):
             raise Forbidden(
                 f"This key has no scope '{scope}' (it has: {', '.join(sorted(caller.scopes)) or 'none'}). "

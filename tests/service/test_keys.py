@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
     from tests.conftest import Gateway
 
+#: Nothing in these depends on the kind of database.
+ONCE = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+
 
 def test_a_key_is_made_listed_used_and_revoked(client: httpx.Client, gateway: Gateway) -> None:
     made = client.post("/v1/keys", json={"name": "ci", "scopes": ["jobs:read"]})
@@ -52,6 +55,7 @@ def test_pages_follow_each_other(client: httpx.Client) -> None:
     assert len({item["id"] for item in first["data"] + second["data"]}) == 5
 
 
+@ONCE
 @pytest.mark.parametrize(
     ("order", "pointer"),
     [
@@ -95,6 +99,7 @@ def _routes(tmp_path: Path) -> list[tuple[str, str]]:
     )
 
 
+@ONCE
 def test_no_route_answers_without_a_key_or_with_a_wrong_host(
     anonymous: httpx.Client, gateway: Gateway, tmp_path: Path
 ) -> None:
@@ -107,6 +112,7 @@ def test_no_route_answers_without_a_key_or_with_a_wrong_host(
             assert answer.status_code == 401, (method, path, headers)
 
 
+@ONCE
 def test_no_route_answers_a_key_without_any_scope_of_use(gateway: Gateway, tmp_path: Path) -> None:
     """A key that may only upload reaches nothing else."""
     with gateway.client(gateway.key_of("default", "datasets:write")) as uploader:
@@ -117,13 +123,16 @@ def test_no_route_answers_a_key_without_any_scope_of_use(gateway: Gateway, tmp_p
             assert answer.status_code == 403, (method, path)
 
 
+@ONCE
 def test_objects_of_nobody_are_404_everywhere(client: httpx.Client, tmp_path: Path) -> None:
     for method, path in _routes(tmp_path):
         if "{" in path:
             answer = client.request(method, path.replace("{", "x").replace("}", "x"))
             assert answer.status_code == 404, (method, path, answer.text)
             if method != "HEAD":
-                assert answer.json()["code"].endswith("not_found") or answer.json()["code"].startswith("unknown_")
+                assert answer.json()["code"].endswith("not_found") or answer.json()["code"].startswith(
+                    "unknown_"
+                )
 
 
 def _body(path: str) -> dict[str, object] | None:
