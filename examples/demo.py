@@ -27,7 +27,7 @@ from app.home import Home
 HERE = Path(__file__).resolve().parent
 CONSTRAINTS = HERE.parent / "constraints.txt"
 #: Kept small, so that the demonstration ends within minutes on two cores.
-ORDER = {"method": "kd", "teacher_id": "efficientnet_lite0", "student": "test_convnext", "preset": "draft"}
+ORDER = {"method": "kd", "teacher_id": "efficientnet_lite0", "student": "conv4", "preset": "draft"}
 
 
 def main() -> int:
