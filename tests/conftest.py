@@ -64,6 +64,11 @@ class Postgres:
     def drop(self, name: str) -> None:
         self._command(f'DROP DATABASE "{name}" WITH (FORCE)')
 
+    def rename(self, name: str, to: str) -> None:
+        """Cuts every connection to the database, and makes the next ones fail."""
+        self._command(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'")
+        self._command(f'ALTER DATABASE "{name}" RENAME TO "{to}"')
+
     def answers(self) -> bool:
         try:
             self._command("SELECT 1")

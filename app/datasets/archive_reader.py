@@ -16,9 +16,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from app.datasets import paths
 from app.datasets.decoding import kind
 from app.datasets.members import Member, escaped, pointer
 from app.datasets.receive import too_many_files
+from app.datasets.report import Findings
 from app.errors import Finding, Invalid, UnsupportedMedia
 
 #: An entry that unpacks to more than this many times its size is a bomb; images hardly shrink.
@@ -74,8 +76,7 @@ def members(
         findings = [finding for entry in entries for finding in _entry_findings(entry)]
         findings += _bombs(files, max_total_bytes)
         findings += _overlaps(handle, entries, directory)
-        if findings:
-            raise Invalid(_summary(findings), code=findings[0].code, findings=tuple(findings))
+        Findings(faults=findings).refuse()
         yield [Member(entry.shown, entry.size, _Content(handle, entry, max_file_bytes)) for entry in files]
     finally:
         os.close(handle)
@@ -174,6 +175,8 @@ def _entry_findings(entry: Entry) -> Iterator[Finding]:
         yield finding(
             "name_encoding", "its name is not UTF-8. Zip with a tool that writes UTF-8 names, or rename it."
         )
+    elif entry.is_folder and (danger := paths.danger(entry.name)):
+        yield finding(*danger)
     if entry.flags & _ENCRYPTED:
         yield finding("zip_encrypted", "it is encrypted. Zip without a password.")
     elif not entry.is_folder and entry.method not in (_STORED, _DEFLATED):
@@ -205,8 +208,8 @@ def _bombs(files: Sequence[Entry], max_total_bytes: int) -> Iterator[Finding]:
 def _overlaps(handle: int, entries: Sequence[Entry], directory: int) -> Iterator[Finding]:
     """Entries must lie one after the other, each under its own name."""
     ordered = sorted(entries, key=lambda entry: entry.offset)
-    ends = [entry.offset for entry in ordered[1:]] + [directory]
-    for entry, end in zip(ordered, ends, strict=True):
+    limits = [*(entry.offset for entry in ordered), directory]
+    for entry, end in zip(ordered, limits[1:], strict=True):
         try:
             overlaps = _data_start(handle, entry) + entry.packed > end
         except ValueError as error:
@@ -230,11 +233,6 @@ def _data_start(handle: int, entry: Entry) -> int:
     if name_length != len(entry.raw_name) or header[_LOCAL.size :] != entry.raw_name:
         raise ValueError("it has another name in the zip's directory")
     return entry.offset + _LOCAL.size + int(name_length) + int(extra)
-
-
-def _summary(findings: Sequence[Finding]) -> str:
-    more = f" There are {len(findings) - 1} more findings, see errors." if len(findings) > 1 else ""
-    return f"The zip was not opened: {findings[0].detail}{more}"
 
 
 def _corrupt(reason: str) -> Invalid:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import PurePosixPath
 from typing import Annotated, Any
 
 import anyio
 import anyio.to_thread
-from fastapi import APIRouter, FastAPI, Query, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 from starlette.requests import ClientDisconnect
 
 from app.datasets import receive, schemas, service, workspace
@@ -23,15 +21,7 @@ from app.security.dependencies import Wired, allowed
 from app.security.principal import Principal
 from app.wiring import Wiring
 
-
-@asynccontextmanager
-async def _clean_start(app: FastAPI) -> AsyncIterator[None]:
-    """What a gateway left that was killed in an upload goes when the next one starts."""
-    workspace.clean(app.state.wiring.settings)
-    yield
-
-
-router = APIRouter(prefix="/v1/datasets", tags=["datasets"], lifespan=_clean_start)
+router = APIRouter(prefix="/v1/datasets", tags=["datasets"])
 
 Reader = Annotated[Principal, allowed("datasets:read")]
 Writer = Annotated[Principal, allowed("datasets:write")]
