@@ -65,7 +65,9 @@ class Database:
     def __init__(self, url: str) -> None:
         url = url.replace("postgresql://", "postgresql+psycopg://", 1)
         self.sqlite = url.startswith("sqlite")
-        options: dict[str, Any] = {"pool_pre_ping": not self.sqlite, "pool_size": 20, "max_overflow": 30}
+        options: dict[str, Any] = {"pool_size": 20, "max_overflow": 30, "pool_timeout": 10}
+        if not self.sqlite:  # a server that is away is told soon, not after the system's two minutes
+            options |= {"pool_pre_ping": True, "connect_args": {"connect_timeout": 5}}
         self.engine = sa.create_engine(url, **options)
         if self.sqlite:
             sa.event.listen(self.engine, "connect", _configure_sqlite)

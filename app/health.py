@@ -13,12 +13,13 @@ import redis
 import sqlalchemy as sa
 import structlog
 from fastapi import APIRouter, Request, Response
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, generate_latest
 from pydantic import BaseModel, Field
+from sqlalchemy.orm import Session
 
 from app import migrate
 from app.db import now
-from app.jobs.tables import Worker
+from app.jobs.tables import Shard, Worker
 from app.wiring import Wiring
 
 log = structlog.get_logger()
@@ -124,9 +125,7 @@ class Readiness:
 
     def _worker(self) -> str:
         with self._wiring.database.reading() as session:
-            alive = session.scalar(
-                sa.select(sa.func.count()).select_from(Worker).where(Worker.seen_at > now() - WORKER_SEEN_S)
-            )
+            alive = _workers_alive(session)
         if not alive:
             raise NotReady(f"No worker was seen in the last {WORKER_SEEN_S:.0f} seconds: start one.")
         return f"{alive} alive."
@@ -150,6 +149,32 @@ def readyz(request: Request, response: Response) -> ReadinessAnswer:
 
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
 def metrics(request: Request) -> Response:
-    """Counters of this process for Prometheus."""
+    """Counters of this process, and the state of the work of all processes, for Prometheus."""
     text = generate_latest(request.app.state.metrics.registry)
+    try:
+        text += generate_latest(_work(request.app.state.wiring))
+    except sa.exc.SQLAlchemyError as error:  # this process's own counters are worth having all the same
+        log.warning("metrics_without_database", error=str(error))
     return Response(text, headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+
+def _work(wiring: Wiring) -> CollectorRegistry:
+    """What waits and what runs, by queue, and who is there to do it."""
+    registry = CollectorRegistry()
+    shards = Gauge("dram_shards", "Pieces of work.", ("queue", "status"), registry=registry)
+    workers = Gauge("dram_workers", "Workers seen in the last minute.", registry=registry)
+    open_shards = (
+        sa.select(Shard.queue, Shard.status, sa.func.count())
+        .where(Shard.status.in_(("ready", "running")))
+        .group_by(Shard.queue, Shard.status)
+    )
+    with wiring.database.reading() as session:
+        for queue, status, count in session.execute(open_shards):
+            shards.labels(queue, status).set(count)
+        workers.set(_workers_alive(session))
+    return registry
+
+
+def _workers_alive(session: Session) -> int:
+    recent = Worker.seen_at > now() - WORKER_SEEN_S
+    return session.scalar(sa.select(sa.func.count()).select_from(Worker).where(recent)) or 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import httpx
 import pytest
@@ -13,6 +14,9 @@ from app.db import now
 from app.jobs.tables import Worker
 from app.settings import Settings
 from app.wiring import Wiring
+
+if TYPE_CHECKING:
+    from tests.conftest import Postgres
 
 
 @pytest.fixture(autouse=True)
@@ -101,8 +105,27 @@ def test_a_part_that_hangs_does_not_hang_the_answer(wiring: Wiring, monkeypatch:
     assert answer.checks["database"].ok
 
 
-def test_metrics_are_for_prometheus(anonymous: httpx.Client) -> None:
+def test_metrics_are_for_prometheus(anonymous: httpx.Client, wiring: Wiring) -> None:
+    worker_seen(wiring, seconds_ago=1)
     anonymous.get("/healthz")
     answer = anonymous.get("/metrics")
+    assert "dram_workers 1.0" in answer.text
     assert answer.headers["content-type"].startswith("text/plain; version=")
     assert 'dram_http_requests_total{method="GET",route="/healthz",status="200"} 1.0' in answer.text
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_without_its_database_the_gateway_answers_503_and_comes_back(
+    client: httpx.Client, anonymous: httpx.Client, database_url: str, postgres: Postgres
+) -> None:
+    assert client.get("/v1/students").status_code == 200
+    name = database_url.partition("@/")[2].partition("?")[0]
+    postgres.rename(name, f"{name}_away")
+    answer = client.get("/v1/students")
+    assert (answer.status_code, answer.json()["code"]) == (503, "database_unavailable")
+    assert int(answer.headers["retry-after"]) > 0
+    assert name not in answer.text
+    assert {"database", "schema", "worker"} <= failing(anonymous).keys()
+    assert "dram_http_requests_total" in anonymous.get("/metrics").text
+    postgres.rename(f"{name}_away", name)
+    assert client.get("/v1/students").status_code == 200

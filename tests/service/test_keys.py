@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import httpx
@@ -9,7 +10,9 @@ import pytest
 from fastapi.routing import iter_route_contexts
 
 from app import main
+from app.keys import service as keys
 from app.settings import Settings
+from app.wiring import Wiring
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -41,6 +44,12 @@ def test_a_key_is_made_listed_used_and_revoked(client: httpx.Client, gateway: Ga
         refused = other.get("/v1/methods")
         assert (refused.status_code, refused.json()["code"]) == (401, "unauthenticated")
         assert 'error="invalid_token"' in refused.headers["www-authenticate"]
+
+
+def test_gateways_that_start_at_once_make_one_first_key(wiring: Wiring) -> None:
+    with ThreadPoolExecutor(8) as threads:
+        made = list(threads.map(lambda _: keys.ensure_first_key(wiring), range(8)))
+    assert len([key for key in made if key]) == 1
 
 
 def test_pages_follow_each_other(client: httpx.Client) -> None:
