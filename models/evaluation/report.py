@@ -157,7 +157,7 @@ def _judge_int8(export: dict[str, Any], measured: Measured, kind: str) -> dict[s
     verb = "within" if accepted else "more than"
     return verdict | {
         "accepted": accepted,
-        "reason": f"accuracy drops by {drop:.2%} on {where}: {verb} the {limit:.2%} allowed",
+        "reason": f"accuracy drops by {100 * drop:.2f} % on {where}: {verb} the {100 * limit:.2f} % allowed",
         "measured_on": split,
         "accuracy_drop": drop,
         "comparison": asdict(compare.paired(full == labels, small == labels)),

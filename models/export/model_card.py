@@ -92,8 +92,9 @@ def _quality(report: Report) -> str:
         "",
         *rows,
         "",
-        f"Student and teacher give the same answer to {agreement['value']:.1%} of the images. The student's accuracy"
-        f" minus the teacher's: {100 * paired['difference']:+.1f} points (95 % interval {low:+.1f} to {high:+.1f};"
+        f"Student and teacher give the same answer to {100 * agreement['value']:.1f} % of the images. The"
+        f" student's accuracy minus the teacher's: {100 * paired['difference']:+.1f} points (95 % interval {low:+.1f}"
+        f" to {high:+.1f};"
         f" exact McNemar p = {paired['p_value']:.2g}).",
         "",
         f"Latency: {latency['runtime']}, {latency['threads']} thread, batch 1, image of {latency['image']['width']} x"
@@ -104,7 +105,7 @@ def _quality(report: Report) -> str:
         verdict = "included" if int8["accepted"] else "not included"
         text += [f"`model.int8.onnx` is {verdict}: {int8['reason']}.", ""]
     text += [
-        "| class | test images | found | answers naming it that are right |",
+        "| class | images | found | answers naming it that are right |",
         "|---|---|---|---|",
         *(
             f"| {row['label']} | {row['images']} | {_share(row['recall'])} | {_share(row['precision'])} |"
@@ -133,9 +134,9 @@ def _data(report: Report, teacher: TeacherSpec) -> str:
 
 def _licences(teacher: TeacherSpec) -> str:
     return (
-        f"The teacher's weights ({teacher.source}): {teacher.licence}, {teacher.licence_url}. The student holds none"
-        " of them, but learned from their answers; whether that binds you is for you to judge. The student's"
-        " weights and the images belong to the bundle's owner. `predict.py` may be used freely.\n"
+        f"The teacher's weights ({teacher.source}): {teacher.licence}, {teacher.licence_url}. The student was"
+        " distilled from them; whether their licence binds what you do with it is for you to judge. The labelled"
+        " images remain under whatever terms their owner has. `predict.py` may be used freely.\n"
     )
 
 

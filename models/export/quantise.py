@@ -9,7 +9,7 @@ Three choices for small students that run on unknown machines:
   and MobileNetV3, at equal accuracy; ARM runs both;
 - weights use 7 of their 8 bits (`reduce_range`): x86 processors without VNNI add pairs of 8-bit products in
   16 bits and saturate, so that a file measured here would score otherwise there;
-- preprocessing and the final softmax stay in float: they cost little, and an 8-bit softmax cannot say 0.999.
+- preprocessing, logits and softmax stay in float: they cost little, and 8-bit scores cannot say 0.999.
 """
 
 from __future__ import annotations
@@ -72,6 +72,7 @@ def static_int8(
                     reduce_range=True,
                     nodes_to_exclude=kept_in_float(prepared),
                     calibrate_method=method,
+                    extra_options={"OpTypesToExcludeOutputQuantization": ["Gemm"]},  # the logits
                 )
         except (RuntimeError, ValueError, TypeError) as error:
             raise ExportError(

@@ -74,4 +74,4 @@ def shrunk(sample: Sample, side: int = GOLDEN_SIDE) -> Sample:
     """The sample with no side longer than `side` pixels."""
     image = Image.fromarray(sample.pixels)
     image.thumbnail((side, side), Image.Resampling.BILINEAR)
-    return Sample(sample.name, sample.label, np.asarray(image))
+    return Sample(sample.name, sample.label, np.array(image))
