@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_serializer, model_validator
 
 from models.errors import TeacherError
 from models.pipeline import TeacherOutput
@@ -51,6 +51,11 @@ class TeacherSpec(BaseModel):
     offers: frozenset[TeacherOutput] = _NETWORK_OUTPUTS
     resident_mib: int = Field(0, ge=0, description="Memory that the loaded network takes, as a hint.")
 
+    @field_serializer("offers")
+    def _in_order(self, offers: frozenset[TeacherOutput]) -> list[str]:
+        """Sorted: a set's order changes from process to process, and this document's digest is a key."""
+        return sorted(offers)
+
     @property
     def is_local(self) -> bool:
         return Path(self.source).is_absolute()
@@ -59,7 +64,7 @@ class TeacherSpec(BaseModel):
     def _hub_is_pinned(self) -> Self:
         if self.kind == "efficientnet_lite":
             return self
-        if not self.is_local and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.source):
+        if not self.is_local and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", self.source):
             raise ValueError(
                 f"teacher '{self.name}': source '{self.source}' is no hub id and no absolute path"
             )
