@@ -299,8 +299,10 @@ def distill(
         )  # fmt: skip
         done = _watch(dram, job.id)
         assert done.student_id is not None
-        console.report(dram.students.report(done.student_id))
-        console.out.print(str(_fetch(dram, done.student_id, out, precision)))
+        report = dram.students.report(done.student_id)
+        console.report(report)
+        kept = precision if report["int8"]["accepted"] else "fp32"
+        console.out.print(str(_fetch(dram, done.student_id, out, kept)))
 
 
 def _watch(dram: Dram, job_id: str) -> Job:

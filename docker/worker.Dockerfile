@@ -5,8 +5,8 @@
 #       --build-arg BASE=python:3.11-slim-bookworm .
 #
 # PyTorch's own packages bring the CUDA libraries; the base brings what the NVIDIA container runtime looks for.
-# For a smaller CPU image name an index with PyTorch's CPU builds, for example
-# --build-arg PIP_ARGUMENTS="--extra-index-url ...", and build without the constraints of the CUDA packages.
+# A CPU image becomes gigabytes smaller where pip finds PyTorch's CPU build of the same version: name its index
+# with --build-arg PIP_ARGUMENTS="--extra-index-url ...".
 ARG BASE=nvidia/cuda:13.0.1-base-ubuntu24.04
 
 # hadolint ignore=DL3006

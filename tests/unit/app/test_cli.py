@@ -170,6 +170,46 @@ def test_predict_without_the_image_is_an_error_in_a_sentence(script: Script) -> 
     assert "Traceback" not in ran.stderr
 
 
+@pytest.mark.parametrize(("accepted", "file_kept"), [(True, "int8"), (False, "fp32")])
+def test_distill_reports_and_downloads_the_file_that_was_kept(
+    accepted: bool, file_kept: str, script: Script, tmp_path: Path
+) -> None:
+    share = {"value": 0.9, "low": 0.8, "high": 0.95}
+    network = {"accuracy": share, "parameters": 113860, "bytes": 460_000}
+    report = {
+        "student": {"name": "conv4", **network},
+        "teacher": {"name": "lite0", **network},
+        "latency": {
+            "student": {"median_ms": 0.4}, "teacher": {"median_ms": 27.0}, "speedup": {"value": 67.5},
+            "runtime": "onnxruntime", "threads": 1,
+        },
+        "compression": {"bytes": 29.0},
+        "agreement": share,
+        "int8": {"asked": True, "accepted": accepted, "reason": "measured"},
+        "evaluation": {"explanation": "Measured on 12 test images."},
+    }  # fmt: skip
+    dataset = {"id": "ds_1", "name": "pets", "classes": ["cat"], "splits": {"support": {"images": 2}}}
+    script.answers = [
+        Answer(201, json.dumps(dataset).encode()),
+        listing({"id": "lite0", "available": True}),
+        job("queued"),
+        stream((1, "job.succeeded")),
+        job("succeeded", student_id="stu_1"),
+        Answer(body=json.dumps(report).encode()),
+        file(MODEL),
+    ]
+    (tmp_path / "pets" / "cat").mkdir(parents=True)
+    (tmp_path / "pets" / "cat" / "1.png").write_bytes(b"picture")
+    ran = dram(
+        "distill", "pets", "--out", "s.onnx", "--precision", "int8", "--url", script.url, "--key", "dram_k"
+    )
+    assert ran.returncode == 0, ran.stderr
+    for words in ("90.0% [80.0%, 95.0%]", "113,860", "0.40 ms", "67.5 times faster", "on 12 test images"):
+        assert words in ran.stdout
+    assert script.asked[-1].path.endswith(f"model.onnx?precision={file_kept}")
+    assert (tmp_path / "s.onnx").read_bytes() == MODEL
+
+
 def test_distill_without_the_folder_starts_nothing(tmp_path: Path) -> None:
     ran = dram("distill", "nowhere", "--out", "s.onnx", "--home", tmp_path / "home")
     assert ran.returncode == 1
