@@ -245,7 +245,7 @@ EXPORT = Stage(
     "export",
     export,
     output="student_onnx",
-    inputs=("trained_student", "support"),
+    inputs=("trained_student", "support", "teacher"),
     optional=("unlabelled",),
     params="export",
     queue="cpu",
