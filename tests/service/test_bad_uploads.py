@@ -339,7 +339,7 @@ IMAGES: dict[str, tuple[str, Callable[[], bytes], str, str]] = {
     "noise behind a JPEG's first bytes": (
         "bad.jpg", lambda: b"\xff\xd8\xff\xe0" + os.urandom(500), "image_corrupt", "Export it again",
     ),
-    "a pixel bomb": ("bad.png", pixel_bomb, "image_too_large", "Scale it down"),
+    "a pixel bomb": ("bad.png", pixel_bomb, "image_too_large", "it has 60000 x 60000 pixels; at most 40,000,000"),
     "zero bytes": ("bad.jpg", lambda: b"", "image_empty", "Export it again"),
     "a GIF named .jpg": ("bad.jpg", lambda: picture(70, form="GIF"), "image_format", "it is a GIF file"),
     "a TIFF named .jpg": ("bad.jpg", lambda: picture(70, form="TIFF"), "image_format", "it is a TIFF file"),

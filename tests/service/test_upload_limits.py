@@ -158,6 +158,11 @@ class TestBeforeTheBody:
             )
         assert not (wiring.settings.home / "tmp").exists()
 
+    def test_a_client_that_sends_all_before_it_reads_gets_the_answer(self, gateway: Gateway) -> None:
+        with begun_upload(gateway, None, "Content-Length: 12000000\r\n", bytes(12_000_000)) as connection:
+            status, _ = answer_of(connection)
+        assert status == 401
+
     def test_a_key_without_the_scope_writes_nothing(self, gateway: Gateway, wiring: Wiring) -> None:
         reader = gateway.key_of("default", "datasets:read")
         with begun_upload(gateway, reader, "Content-Length: 400000000\r\n", b"PK") as connection:
