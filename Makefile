@@ -18,7 +18,7 @@ install: $(STAMP)  ## Make .venv with everything in the tested versions
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Dram needs Python 3.11 or newer: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[worker,embedded,s3,dev]'
+	$(BIN)/python -m pip install -qq --no-compile --constraint constraints.txt --editable '.[worker,embedded,s3,dev]'
 	@touch $@
 
 demo: $(STAMP)  ## From real images to a student that classifies, through the whole service
