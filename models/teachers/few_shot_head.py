@@ -92,7 +92,7 @@ def _solve(
     unit = functional.normalize(features - centre, dim=-1).double()
     targets = functional.one_hot(labels, classes).double()
     solved = ridge(unit, targets, ridge_lambda) if kind == "ridge" else prototypes(unit, targets)
-    return solved[0].float(), solved[1].float()
+    return solved[0].float().contiguous(), solved[1].float().contiguous()
 
 
 def ridge(features: Tensor, targets: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
