@@ -104,9 +104,15 @@ def owned(table: type[Row], principal: Principal) -> sa.Select[Row]:
     return sa.select(table).where(table.tenant == principal.tenant)  # type: ignore[attr-defined]
 
 
-def owned_rows(table: type[Base], *, without: tuple[str, ...] = ()) -> sa.Select[Any]:
+def owned_rows(
+    table: type[Base], *, only: tuple[str, ...] = (), without: tuple[str, ...] = ()
+) -> sa.Select[Any]:
     """Like `owned`, as plain rows and made once: give `tenant` (and what you add) when executing."""
-    columns = [column for column in table.__table__.c if column.name not in without]
+    columns = [
+        column
+        for column in table.__table__.c
+        if column.name not in without and (not only or column.name in only)
+    ]
     return sa.select(*columns).where(table.__table__.c.tenant == sa.bindparam("tenant"))
 
 

@@ -13,10 +13,14 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="DRAM_", frozen=True)
 
-    home: Path = Field(Path(".dram"), description="Folder of the embedded service: database, blobs, redis, logs.")
+    home: Path = Field(
+        Path(".dram"), description="Folder of the embedded service: database, blobs, redis, logs."
+    )
     database_url: str = Field("", description="SQLAlchemy URL; empty: SQLite below home.")
     redis_url: str = Field("", description="redis:// or redis+socket:// URL; empty: set by `dram up`.")
-    storage_url: str = Field("", description="fsspec URL such as s3://bucket/prefix; empty: a folder below home.")
+    storage_url: str = Field(
+        "", description="fsspec URL such as s3://bucket/prefix; empty: a folder below home."
+    )
     storage_options: dict[str, str] = Field({}, description="fsspec options, such as endpoint_url, as JSON.")
     teachers_file: Path | None = Field(None, description="TOML list of the operator's own teachers.")
 
@@ -36,20 +40,28 @@ class Settings(BaseSettings):
     max_shots: int = Field(50, ge=1, description="Most labelled images a class.")
     min_shots: int = Field(2, ge=1, description="Fewest labelled images a class.")
     image_timeout_s: float = Field(10, gt=0, description="Longest time one image may take to decode.")
-    disk_reserve_bytes: int = Field(512 * 2**20, ge=0, description="Free space below which uploads are refused.")
+    disk_reserve_bytes: int = Field(
+        512 * 2**20, ge=0, description="Free space below which uploads are refused."
+    )
 
-    lease_ttl_s: float = Field(60, gt=0, description="A claim not renewed for so long may be taken by another.")
-    heartbeat_s: float = Field(5, gt=0, description="Longest pause between two renewals of a claim.")
+    lease_ttl_s: float = Field(
+        60, gt=0, description="A claim not renewed for so long may be taken by another."
+    )
+    heartbeat_s: float = Field(2, gt=0, description="Longest pause between two renewals of a claim.")
     stall_s: float = Field(1800, gt=0, description="A stage that reports no progress for so long is stopped.")
     checkpoint_s: float = Field(20, ge=0, description="Pause between two checkpoints of a long stage.")
     max_attempts: int = Field(3, ge=1, description="Times a shard may be claimed before its job fails.")
     reap_s: float = Field(5, gt=0, description="Pause between two rounds of the maintenance loop.")
-    ring_again_s: float = Field(10, gt=0, description="Ready work that nobody took is announced again after this.")
+    ring_again_s: float = Field(
+        10, gt=0, description="Ready work that nobody took is announced again after this."
+    )
     idle_restart_s: float = Field(
         120, gt=0, description="A worker that takes nothing for so long while work waits is restarted."
     )
     max_active_jobs: int = Field(100, ge=1, description="Unfinished jobs a tenant may have.")
-    retention_days: float = Field(30, gt=0, description="Unused stage outputs and idempotency keys live so long.")
+    retention_days: float = Field(
+        30, gt=0, description="Unused stage outputs and idempotency keys live so long."
+    )
 
     @property
     def database(self) -> str:

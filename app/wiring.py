@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from app import storage
+from app.caching import Rendered
 from app.db import Database
 from app.doorbell import Doorbell
 from app.security.principal import PrincipalCache
@@ -19,6 +20,7 @@ class Wiring:
     blobs: BlobStore
     doorbell: Doorbell
     callers: PrincipalCache = field(default_factory=PrincipalCache)
+    rendered_jobs: Rendered = field(default_factory=Rendered)
 
     @classmethod
     def build(cls, settings: Settings) -> Wiring:

@@ -80,7 +80,8 @@ def _unheard(wiring: Wiring) -> list[Ready]:
     pause = wiring.settings.ring_again_s
     with wiring.database.writing() as session:
         patience = pause * sa.func.pow(2, sa.case((Shard.rings > 5, 5), else_=Shard.rings))
-        unheard = sa.and_(Shard.status == "ready", Shard.ready_at <= now(), Shard.rung_at + patience < now())
+        silent = Shard.rung_at.is_(None) | (Shard.rung_at + patience < now())
+        unheard = sa.and_(Shard.status == "ready", Shard.ready_at <= now(), silent)
         shards = list(
             session.scalars(sa.select(Shard).where(unheard).order_by(Shard.ready_at).limit(_MOST_RINGS))
         )

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import structlog
-from celery.signals import worker_process_init, worker_process_shutdown
+from celery.signals import worker_process_shutdown
 from sqlalchemy.orm import Session
 from structlog.contextvars import bound_contextvars
 
@@ -29,6 +30,21 @@ _POLL_S = 0.1
 
 class Stopping(BaseException):
     """This worker was told to stop; not an Exception, so that no handler on the way swallows it."""
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Inside, SIGTERM raises Stopping, once. Set for each shard, because the pool resets signals after a fork."""
+
+    def stop(signum: int, frame: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise Stopping
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class Bench:
@@ -68,19 +84,17 @@ def work(wiring: Wiring, compute: ComputeProcess, claim: Claim) -> list[Ready]:
     """Have the claim computed and record how it ended. Returns the shards that became ready."""
     lease = Lease(wiring, claim)
     try:
-        ending = _computed(lease, compute, claim, wiring.settings)
-        ready = lease.finish(ending)
+        with _stoppable():
+            ending = _computed(lease, compute, claim, wiring.settings)
+        return lease.finish(ending)
     except LeaseLost:
         compute.kill()
         log.warning("lease_lost")
-        return []
     except Stopping:
         compute.kill()
-        ready = lease.finish(partial(lifecycle.release, held=claim))
+        lease.finish(partial(lifecycle.release, held=claim))
         log.info("released")
-        service.announce(wiring, ready)
-        raise
-    return ready
+    return []
 
 
 def _computed(
@@ -136,15 +150,6 @@ def _death(status: int) -> JobError:
             "out_of_memory", detail, "Try a smaller batch_size, student or teacher.", retryable=True
         )
     return JobError("compute_crashed", f"The compute process ended with status {status}.", retryable=True)
-
-
-def _stop(signum: int, frame: Any) -> None:
-    raise Stopping
-
-
-@worker_process_init.connect  # type: ignore[untyped-decorator]
-def _on_start(**_: Any) -> None:
-    signal.signal(signal.SIGTERM, _stop)
 
 
 @worker_process_shutdown.connect  # type: ignore[untyped-decorator]

@@ -15,7 +15,8 @@ from typing import Any
 
 import sqlalchemy as sa
 import structlog
-from celery.signals import worker_ready, worker_shutdown
+from billiard import active_children
+from celery.signals import worker_ready, worker_shutdown, worker_shutting_down
 
 from app.db import Database, now, upsert
 from app.jobs.tables import Shard, Worker
@@ -87,6 +88,13 @@ def _on_ready(sender: Any, **_: Any) -> None:
     queues = [queue.name for queue in sender.task_consumer.queues]
     _watchdog = Watchdog(Settings(), queues)
     _watchdog.start()
+
+
+@worker_shutting_down.connect  # type: ignore[untyped-decorator]
+def _on_shutting_down(**_: Any) -> None:
+    """Pass the wish to stop on to the pool: a shard may take hours, and is given back instead (tasks.py)."""
+    for child in active_children():
+        os.kill(child.pid, signal.SIGTERM)
 
 
 @worker_shutdown.connect  # type: ignore[untyped-decorator]

@@ -2,7 +2,8 @@
 
 Each function is one part of a write unit (`Database.writing`). It locks the job's row first, so changes to one
 job happen one after another and its events are numbered without gaps. A worker's writes carry the epoch of its
-claim: after another worker claimed the shard they change nothing and raise `LeaseLost`.
+claim: after another worker claimed the shard they change nothing and raise `LeaseLost`. Whatever the API shows of
+a job changes only together with an event, so the number of the newest event is the version of the job.
 """
 
 from __future__ import annotations
@@ -121,7 +122,7 @@ def claim(
     if _output(session, job.tenant, shard.key) is not None:
         _start(session, job, stage)
         shard.status = "reused"
-        return None, _after_shard(session, job, stage)
+        return None, _after_shard(session, job, stage, shard)
     if shard.status == "running":
         _lost(session, job, stage, shard, "its worker stopped answering")
     if shard.attempt >= settings.max_attempts:
@@ -154,11 +155,7 @@ def renew(
         shard.step, shard.total, shard.step_at = step, total, clock
         session.flush()
         _roll_up(session, job, stage)
-        events.append(
-            session, job, "stage.progress",
-            stage=stage.name, shard=shard.position, step=step, total=total, percent=stage.percent,
-            job_percent=job.percent,
-        )  # fmt: skip
+        _progressed(session, job, stage, shard)
     rows = [
         {
             "job_id": job.id,
@@ -197,7 +194,7 @@ def complete(
     upsert(session, StageOutput, [row | {"created_at": now(), "used_at": now()}])
     shard.status, shard.lease_until = "succeeded", None
     shard.step = shard.total = max(shard.total, 1)
-    return _after_shard(session, job, stage)
+    return _after_shard(session, job, stage, shard)
 
 
 def fail(session: Session, held: Claim, error: JobError, settings: Settings) -> list[Ready]:
@@ -212,14 +209,18 @@ def fail(session: Session, held: Claim, error: JobError, settings: Settings) -> 
     return []
 
 
-def release(session: Session, held: Claim) -> list[Ready]:
-    """Give a shard back unharmed, because its worker is asked to stop. The attempt does not count."""
+def release(session: Session, held: Claim) -> None:
+    """Give a shard back unharmed, because its worker is asked to stop. The attempt does not count.
+
+    Nobody rings for it here, or this worker itself might take it again; the maintenance loop rings soon.
+    """
     job, _, shard = _held(session, held)
-    shard.attempt -= 1
     if job.status == "cancelling":
-        return stopped(session, held)
+        stopped(session, held)
+        return
+    shard.attempt -= 1
     _make_ready(session, [shard])
-    return [Ready(shard.id, shard.queue)]
+    shard.rung_at = None
 
 
 def stopped(session: Session, held: Claim) -> list[Ready]:
@@ -353,7 +354,7 @@ def _make_ready(session: Session, shards: Iterable[Shard]) -> None:
         shard.ready_at, shard.rung_at, shard.rings = clock, clock, 0
 
 
-def _after_shard(session: Session, job: Job, stage: JobStage) -> list[Ready]:
+def _after_shard(session: Session, job: Job, stage: JobStage, shard: Shard) -> list[Ready]:
     session.flush()
     states = set(session.scalars(sa.select(Shard.status).where(Shard.stage_id == stage.id)))
     if states <= DONE:
@@ -361,6 +362,8 @@ def _after_shard(session: Session, job: Job, stage: JobStage) -> list[Ready]:
         stage.finished_at = session.scalar(sa.select(now()))
         events.append(session, job, f"stage.{stage.status}", stage=stage.name)
     _roll_up(session, job, stage)
+    if stage.status not in DONE:
+        _progressed(session, job, stage, shard)
     if stage.status in DONE and job.status == "running":
         return _advance(session, job)
     if job.status == "cancelling":
@@ -418,6 +421,14 @@ def _roll_up(session: Session, job: Job, stage: JobStage) -> None:
     ).all()
     percent = sum(weight * share for weight, share in stages) / (sum(weight for weight, _ in stages) or 1.0)
     job.percent = max(job.percent, round(min(percent, 99.9), 2))
+
+
+def _progressed(session: Session, job: Job, stage: JobStage, shard: Shard) -> None:
+    events.append(
+        session, job, "stage.progress",
+        stage=stage.name, shard=shard.position, step=shard.step, total=shard.total, percent=stage.percent,
+        job_percent=job.percent,
+    )  # fmt: skip
 
 
 def _output(session: Session, tenant: str, key: str) -> StageOutput | None:

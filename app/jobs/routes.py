@@ -13,11 +13,11 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
 
 from app.errors import BadRequest
-from app.jobs import lifecycle, service
+from app.jobs import service
 from app.jobs.events import TERMINAL
 from app.jobs.schemas import CurvePoint, EventView, JobOrder, JobView, PlanView, Status
 from app.paging import Limit, Page
-from app.security.dependencies import Wired, allowed
+from app.security.dependencies import Wired, allowed, caller, wiring_of
 from app.security.principal import Principal
 from app.wiring import Wiring
 
@@ -67,22 +67,33 @@ def index(
     return _json(page.model_dump_json())
 
 
-@router.get("/{job_id}", response_model=JobView)
-async def show(
-    job_id: str,
-    wired: Wired,
-    principal: Reader,
-    prefer: Annotated[
-        str | None, Header(description="`wait=30` holds the answer until the job has ended.")
-    ] = None,
-) -> Response:
-    """One job with its stages. With `Prefer: wait=N` the answer comes when the job ends, or after N seconds."""
-    job = await run_in_threadpool(service.read, wired, principal, job_id)
-    until = time.monotonic() + _wait(prefer)
-    while job.status not in lifecycle.FINISHED and time.monotonic() < until:
+@router.get(
+    "/{job_id}",
+    response_model=JobView,
+    openapi_extra={
+        "parameters": [
+            {
+                "name": "Prefer",
+                "in": "header",
+                "schema": {"type": "string"},
+                "description": "`wait=30` holds the answer until the job has ended, or for 30 seconds.",
+            }
+        ]
+    },
+)
+async def show(job_id: str, request: Request) -> Response:
+    """One job with its stages. The `ETag` is the number of its newest event; `If-None-Match` answers 304."""
+    principal = await caller(request, "jobs:read")  # not a dependency: this is the route asked most often
+    wired = wiring_of(request)
+    reading = await run_in_threadpool(service.read, wired, principal, job_id)
+    until = time.monotonic() + _wait(request.headers.get("prefer"))
+    while not reading.finished and time.monotonic() < until:
         await asyncio.sleep(_POLL_S)
-        job = await run_in_threadpool(service.read, wired, principal, job_id)
-    return _json(job.model_dump_json())
+        reading = await run_in_threadpool(service.read, wired, principal, job_id)
+    etag = f'"{reading.version}"'
+    if request.headers.get("if-none-match") == etag:
+        return Response(status_code=304, headers={"ETag": etag})
+    return Response(reading.document, media_type="application/json", headers={"ETag": etag})
 
 
 @router.post("/{job_id}/cancel", response_model=JobView, status_code=202)
@@ -143,10 +154,7 @@ async def _follow(
             yield format_sse_event(data_str=event.model_dump_json(), event=event.type, id=str(event.id))
         if found and found[-1].type in TERMINAL:
             return
-        if (
-            not found
-            and (await run_in_threadpool(service.read, wired, principal, job_id)).status in lifecycle.FINISHED
-        ):
+        if not found and (await run_in_threadpool(service.read, wired, principal, job_id)).finished:
             return
         if found:
             quiet_since = time.monotonic()

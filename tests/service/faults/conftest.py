@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import io
-import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -77,7 +75,9 @@ class Stack:
             "DRAM_CHECKPOINT_S": "0.5",
             "DRAM_DEVICE": "cpu",
         }
-        names = {name.removeprefix("DRAM_").lower(): value for name, value in self.environment.items() if value}
+        names = {
+            name.removeprefix("DRAM_").lower(): value for name, value in self.environment.items() if value
+        }
         self.environment["OMP_NUM_THREADS"] = "1"  # two workers at once share two cores
         self.settings = Settings(**names)
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
@@ -130,7 +130,9 @@ class Stack:
 
     def stop(self) -> None:
         for process in self.processes.values():
-            for child in psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []:
+            for child in (
+                psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+            ):
                 child.kill()
             process.kill()
             process.wait()
@@ -142,7 +144,15 @@ class Stack:
         if name == "redis":
             return list(redis_server.program(redis_server.find(), self.home / "redis", self.socket).command)
         if name == "gateway":
-            return [python, "-m", "uvicorn", "app.main:from_environment", "--factory", "--port", str(self.port)]
+            return [
+                python,
+                "-m",
+                "uvicorn",
+                "app.main:from_environment",
+                "--factory",
+                "--port",
+                str(self.port),
+            ]
         if name == "worker":
             return [
                 *(python, "-m", "celery", "-A", "workers.celery_app", "worker", "-P", "prefork", "-c", "1"),
@@ -159,7 +169,9 @@ class Stack:
     # ---- what a user does ----
 
     def upload(self, seed: int = 0) -> str:
-        answer = self.http.post("/v1/datasets", files={"archive": ("set.zip", few_shot_zip(seed), "application/zip")})
+        answer = self.http.post(
+            "/v1/datasets", files={"archive": ("set.zip", few_shot_zip(seed), "application/zip")}
+        )
         assert answer.status_code in (200, 201), answer.text
         return str(answer.json()["id"])
 
@@ -199,7 +211,9 @@ class Stack:
             events = list(session.scalars(select))
             students = list(session.scalars(sa.select(Student).where(Student.job_id == job_id)))
             shards = list(session.scalars(sa.select(Shard).where(Shard.job_id == job_id)))
-            made = list(session.scalars(sa.select(StageOutput).where(StageOutput.key.in_([s.key for s in shards]))))
+            made = list(
+                session.scalars(sa.select(StageOutput).where(StageOutput.key.in_([s.key for s in shards])))
+            )
         assert [event.number for event in events] == list(range(1, len(events) + 1))
         types = [event.type for event in events]
         assert types[-1] == f"job.{job.status}"

@@ -17,10 +17,13 @@ if TYPE_CHECKING:
 else:
     Stack = Any
 
+#: A job that would go on for many minutes.
+LONG = {"teacher": {"input_size": 64, "views": 1}, "distillation": {"steps": 100_000, "input_size": 32}}
+
 pytestmark = pytest.mark.fault
 
 
-def until(stack: Stack, check: Any, seconds: float) -> None:
+def until(check: Any, seconds: float) -> None:
     end = time.monotonic() + seconds
     while not check():
         assert time.monotonic() < end
@@ -31,7 +34,7 @@ def test_kill_of_the_worker_in_the_middle_of_distillation_resumes_from_the_check
     job_id = stack.submit(stack.upload())["id"]
     stack.wait_for_step(job_id, 150)
     stack.kill("worker")
-    until(stack, lambda: not stack.compute_processes(), 5)  # nothing computes on without its worker
+    until(lambda: not stack.compute_processes(), 5)  # nothing computes on without its worker
     stack.start("worker")
     job = stack.finished(job_id)
     assert (job["status"], job["attempt"]) == ("succeeded", 2)
@@ -40,7 +43,9 @@ def test_kill_of_the_worker_in_the_middle_of_distillation_resumes_from_the_check
     assert retried["stage"] == "distill"
     assert retried["from_step"] >= 50
     after = [e.data["step"] for e in events if e.type == "stage.progress" and e.data["stage"] == "distill"]
-    resumed = after[next(i for i in range(1, len(after)) if after[i] <= after[i - 1]) if sorted(after) != after else -1]
+    resumed = after[
+        next(i for i in range(1, len(after)) if after[i] <= after[i - 1]) if sorted(after) != after else -1
+    ]
     assert resumed >= retried["from_step"]
 
 
@@ -54,7 +59,9 @@ def test_kill_of_redis_and_of_the_gateway_in_the_middle_of_a_job(stack: Stack) -
     job = stack.finished(job_id)
     assert (job["status"], job["attempt"]) == ("succeeded", 1)
     stack.check_history(job_id)
-    second = stack.finished(stack.submit(stack.upload(), student="test_convnext")["id"])  # the worker listens again
+    second = stack.finished(
+        stack.submit(stack.upload(), student="test_convnext")["id"]
+    )  # the worker listens again
     assert second["status"] == "succeeded"
     reused = [stage["name"] for stage in second["stages"] if stage["status"] == "reused"]
     assert {"ask", "label", "examine"} <= set(reused)
@@ -114,26 +121,28 @@ def test_a_worker_that_slept_through_its_lease_changes_nothing_when_it_wakes(sta
         before = session.execute(sa.select(StageOutput.key, StageOutput.files)).all()
     for pid in sleeping:
         os.killpg(pid, signal.SIGCONT)
-    until(stack, lambda: len(stack.compute_processes()) == 1, 10)  # the woken worker found its lease lost
+    until(lambda: len(stack.compute_processes()) == 1, 10)  # the woken worker found its lease lost
     with stack.database.reading() as session:
         assert session.execute(sa.select(StageOutput.key, StageOutput.files)).all() == before
     stack.check_history(job_id)
 
 
 def test_a_worker_asked_to_stop_gives_its_shard_back_unharmed(stack: Stack) -> None:
-    job_id = stack.submit(stack.upload())["id"]
+    job_id = stack.submit(stack.upload(), params=LONG)["id"]
     stack.wait_for_step(job_id, 100)
     worker = stack.processes.pop("worker")
     worker.send_signal(signal.SIGTERM)
-    assert worker.wait(timeout=20) == 0
+    assert worker.wait(timeout=10) == 0
     assert not stack.compute_processes()
     with stack.database.reading() as session:
-        states = session.execute(sa.select(Shard.status).where(Shard.job_id == job_id)).scalars().all()
-    assert "running" not in states
-    assert "ready" in states
+        given_back = session.scalars(sa.select(Shard).where(Shard.job_id == job_id, Shard.step > 0)).all()[-1]
+    assert (given_back.status, given_back.attempt) == ("ready", 0)
+    assert given_back.checkpoint is not None
     stack.start("worker")
-    job = stack.finished(job_id)
-    assert (job["status"], job["attempt"]) == ("succeeded", 1)
+    until(lambda: stack.step_of(job_id, "distill") > given_back.step, 30)
+    assert stack.job(job_id)["attempt"] == 1
+    stack.http.post(f"/v1/jobs/{job_id}/cancel")
+    assert stack.finished(job_id)["status"] == "cancelled"
     stack.check_history(job_id)
 
 
