@@ -14,6 +14,7 @@ from app.catalogue import routes as catalogue
 from app.datasets import routes as datasets
 from app.datasets import workspace
 from app.jobs import routes as jobs
+from app.jobs.reader import JobReader
 from app.keys import routes as keys
 from app.security.limits import BodyLimits
 from app.settings import Settings
@@ -48,6 +49,7 @@ def create_app(settings: Settings | None = None, wiring: Wiring | None = None) -
     app.state.wiring = wired
     app.state.metrics = observability.Metrics()
     app.state.readiness = health.Readiness(wired)
+    app.state.job_reader = JobReader(wired)
     app.state.predictor = Predictor(wired.settings, wired.blobs)
     problem.install(app)
     app.add_middleware(BodyLimits)

@@ -51,7 +51,9 @@ def nothing() -> FastAPI:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="a small version in under a minute")
     parser.add_argument("--load", nargs=2, metavar=("SECONDS", "REQUESTS_JSON"), help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -64,7 +66,9 @@ def main() -> None:
     report(throughput, delays, quick=given.quick)
 
 
-def measure(home: Path, rounds: int, seconds: float, jobs: int) -> tuple[dict[str, list[float]], list[float]]:
+def measure(
+    home: Path, rounds: int, seconds: float, job_count: int
+) -> tuple[dict[str, list[float]], list[float]]:
     """Requests a second in each round by route, and seconds from POST job to its first stage running."""
     socket = redis_server.socket_path(home)
     environment = {
@@ -88,19 +92,21 @@ def measure(home: Path, rounds: int, seconds: float, jobs: int) -> tuple[dict[st
     ):
         dataset = http.post("/v1/datasets", files=_images()).raise_for_status().json()["id"]
         order = ORDER | {"dataset_id": dataset}
-        job = [http.post("/v1/jobs", json=order | {"seed": seed}).raise_for_status().json() for seed in range(20)][0]
+        jobs = [
+            http.post("/v1/jobs", json=order | {"seed": seed}).raise_for_status().json() for seed in range(20)
+        ]
         requests = {
-            "nothing": (bare, "GET", "/nothing", None),
-            "GET job": (gateway, "GET", f"/v1/jobs/{job['id']}", None),
-            "list jobs": (gateway, "GET", "/v1/jobs?limit=20", None),
-            "POST job": (gateway, "POST", "/v1/jobs", order),
+            "nothing": (bare, "GET", ["/nothing"], None),
+            "GET job": (gateway, "GET", [f"/v1/jobs/{job['id']}" for job in jobs], None),
+            "list jobs": (gateway, "GET", ["/v1/jobs?limit=20"], None),
+            "POST job": (gateway, "POST", ["/v1/jobs"], order),
         }
         throughput: dict[str, list[float]] = {name: [] for name in requests}
         for name in list(requests) * rounds:
             throughput[name].append(_drive(seconds, requests[name], headers))
         _forget_jobs(http)
         with _worker(home, http):
-            delays = [_delay(http, wiring, order | {"seed": 10_000 + number}) for number in range(jobs)]
+            delays = [_delay(http, wiring, order | {"seed": 10_000 + number}) for number in range(job_count)]
     wiring.close()
     return throughput, delays
 
@@ -117,7 +123,9 @@ def report(throughput: dict[str, list[float]], delays: list[float], *, quick: bo
         }
         for name, values in throughput.items()
     ]
-    shares = [job / nothing for job, nothing in zip(throughput["GET job"], throughput["nothing"], strict=True)]
+    shares = [
+        job / nothing for job, nothing in zip(throughput["GET job"], throughput["nothing"], strict=True)
+    ]
     delay = statistics.median(delays)
     rows.append({"route": "POST job to first stage running", "median_ms": round(delay * 1000, 1),
                  "p95_ms": round(float(np.percentile(delays, 95)) * 1000, 1), "jobs": len(delays)})  # fmt: skip
@@ -139,7 +147,7 @@ async def _load(seconds: float, request: dict[str, Any]) -> float:
         reader, writer = await asyncio.open_connection(request["host"], request["port"])
         sent = 0
         while time.perf_counter() < end:
-            writer.write(_message(request, f"{number}-{sent}"))
+            writer.write(_message(request, number + sent, f"{number}-{sent}"))
             head = await reader.readuntil(b"\r\n\r\n")
             if not head.startswith(b"HTTP/1.1 2"):
                 raise RuntimeError(head.decode())
@@ -154,19 +162,33 @@ async def _load(seconds: float, request: dict[str, Any]) -> float:
     return done / (time.perf_counter() - started)
 
 
-def _message(request: dict[str, Any], unique: str) -> bytes:
-    body = b"" if request["body"] is None else json.dumps(request["body"] | {"metadata": {"n": unique}}).encode()
-    lines = [f"{request['method']} {request['path']} HTTP/1.1", f"Host: {request['host']}", f"Content-Length: {len(body)}"]
+def _message(request: dict[str, Any], turn: int, unique: str) -> bytes:
+    path = request["paths"][turn % len(request["paths"])]
+    body = (
+        b"" if request["body"] is None else json.dumps(request["body"] | {"metadata": {"n": unique}}).encode()
+    )
+    lines = [
+        f"{request['method']} {path} HTTP/1.1",
+        f"Host: {request['host']}",
+        f"Content-Length: {len(body)}",
+    ]
     lines += [f"{name}: {value}" for name, value in request["headers"].items()]
     if body:
         lines.append("Content-Type: application/json")
     return "\r\n".join([*lines, "", ""]).encode() + body
 
 
-def _drive(seconds: float, request: tuple[str, str, str, Any], headers: dict[str, str]) -> float:
-    base, method, path, body = request
+def _drive(seconds: float, request: tuple[str, str, list[str], Any], headers: dict[str, str]) -> float:
+    base, method, paths, body = request
     url = httpx.URL(base)
-    document = {"host": url.host, "port": url.port, "method": method, "path": path, "body": body, "headers": headers}
+    document = {
+        "host": url.host,
+        "port": url.port,
+        "method": method,
+        "paths": paths,
+        "body": body,
+        "headers": headers,
+    }
     command = [sys.executable, "-m", "benchmarks.gateway", "--load", str(seconds), json.dumps(document)]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 

@@ -21,7 +21,12 @@ _PACKAGES = ("torch", "timm", "onnxruntime", "fastapi", "uvicorn", "sqlalchemy",
 
 
 def check(
-    name: str, value: float, interval: tuple[float, float], *, at_least: float | None = None, at_most: float | None = None
+    name: str,
+    value: float,
+    interval: tuple[float, float],
+    *,
+    at_least: float | None = None,
+    at_most: float | None = None,
 ) -> dict[str, Any]:
     """A target and whether this run met it."""
     holds = (at_least is None or value >= at_least) and (at_most is None or value <= at_most)
@@ -30,7 +35,12 @@ def check(
 
 
 def write(
-    name: str, *, rows: Sequence[dict[str, Any]], checks: Sequence[dict[str, Any]], seeds: Sequence[int], quick: bool
+    name: str,
+    *,
+    rows: Sequence[dict[str, Any]],
+    checks: Sequence[dict[str, Any]],
+    seeds: Sequence[int],
+    quick: bool,
 ) -> None:
     """Print the rows and checks; write them, unless this is the quick version."""
     console = Console(width=120)
@@ -43,7 +53,10 @@ def write(
         "command": f"python -m benchmarks.{name} " + " ".join(sys.argv[1:]),
         "commit": _commit(),
         "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "system": platform.platform(terse=True)},
-        "versions": {"python": platform.python_version(), **{package: _version(package) for package in _PACKAGES}},
+        "versions": {
+            "python": platform.python_version(),
+            **{package: _version(package) for package in _PACKAGES},
+        },
         "seeds": list(seeds),
         "rows": list(rows),
         "checks": list(checks),
@@ -70,13 +83,17 @@ def _cell(value: Any) -> str:
 
 
 def _commit() -> str:
-    answer = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    answer = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    )
     return answer.stdout.strip() or "unknown"
 
 
 def _cpu() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine()
+    )
 
 
 def _version(package: str) -> str:

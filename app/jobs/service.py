@@ -6,6 +6,7 @@ import hashlib
 import json
 import tempfile
 import time
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,8 +43,9 @@ from models.students import STUDENTS
 from models.teachers import TeacherSpec
 
 # What GET job asks, made once: building a statement costs as much as running it.
-_VERSION = owned_rows(Job, only=("last_event", "status")).where(Job.id == sa.bindparam("id"))
-_ONE_JOB = owned_rows(Job, without=("sources", "shape")).where(Job.id == sa.bindparam("id"))
+_ASKED = Job.id.in_(sa.bindparam("ids", expanding=True))
+_VERSIONS = owned_rows(Job, only=("id", "last_event", "status")).where(_ASKED)
+_JOBS = owned_rows(Job, without=("sources", "shape")).where(_ASKED)
 _STAGES = (
     sa.select(*[column for column in JobStage.__table__.c if column.name not in ("params", "needs", "key")])
     .where(JobStage.job_id.in_(sa.bindparam("jobs", expanding=True)))
@@ -126,7 +128,7 @@ def announce(wiring: Wiring, ready: list[Ready]) -> None:
 def find(session: Session, principal: Principal, job_id: str) -> Job:
     job = session.scalar(owned(Job, principal).where(Job.id == job_id))
     if job is None:
-        raise _no_job(job_id)
+        raise no_job(job_id)
     return job
 
 
@@ -139,21 +141,29 @@ class Reading:
     document: bytes
 
 
-def read(wiring: Wiring, principal: Principal, job_id: str) -> Reading:
-    """What GET job answers: one small query, unless the job has changed since it was last rendered."""
-    mine = {"id": job_id, "tenant": principal.tenant}
+def read(wiring: Wiring, tenant: str, job_ids: Collection[str]) -> dict[str, Reading]:
+    """The tenant's jobs with these ids; ids that are not the tenant's are left out.
+
+    One small query tells their versions; only what has changed since it was last rendered is read and rendered.
+    """
     with wiring.database.rows() as connection:
-        now_at = connection.execute(_VERSION, mine).one_or_none()
-        if now_at is None:
-            raise _no_job(job_id)
-        document = wiring.rendered_jobs.get(job_id, now_at.last_event)
-        if document is None:
-            job = connection.execute(_ONE_JOB, mine).one()
-            stages = list(connection.execute(_STAGES, {"jobs": [job_id]}))
-            document = _view(job, stages, time.time()).model_dump_json().encode()
-            # Kept under the version read first: what changed in between is rendered again at the next request.
-            wiring.rendered_jobs.put(job_id, now_at.last_event, document)
-    return Reading(now_at.last_event, now_at.status in lifecycle.FINISHED, document)
+        asked = {"tenant": tenant, "ids": list(job_ids)}
+        versions = {row.id: row for row in connection.execute(_VERSIONS, asked)}
+        kept = {job_id: wiring.rendered_jobs.get(job_id, row.last_event) for job_id, row in versions.items()}
+        documents = {job_id: document for job_id, document in kept.items() if document is not None}
+        changed = [job_id for job_id in versions if job_id not in documents]
+        if changed:
+            for view in _views(
+                connection, connection.execute(_JOBS, {"tenant": tenant, "ids": changed}).all()
+            ):
+                document = view.model_dump_json().encode()
+                # Under the version read first: what changed in between is rendered again at the next request.
+                wiring.rendered_jobs.put(view.id, versions[view.id].last_event, document)
+                documents[view.id] = document
+    return {
+        job_id: Reading(row.last_event, row.status in lifecycle.FINISHED, documents[job_id])
+        for job_id, row in versions.items()
+    }
 
 
 def page(
@@ -164,16 +174,17 @@ def page(
     after: str | None,
     status: str | None,
     dataset_id: str | None,
-) -> tuple[list[JobView], bool]:
-    """The tenant's jobs, newest first, and whether more follow."""
-    select = owned(Job, principal)
+) -> tuple[list[bytes], bool]:
+    """The tenant's jobs as JSON documents, newest first, and whether more follow."""
+    select = owned(Job, principal).with_only_columns(Job.id)
     if status is not None:
         select = select.where(Job.status == status)
     if dataset_id is not None:
         select = select.where(Job.dataset_id == dataset_id)
     with wiring.database.reading() as session:
-        jobs, has_more = newest(session, select, Job.id, limit=limit, after=after)
-        return views(session, jobs), has_more
+        job_ids, has_more = newest(session, select, Job.id, limit=limit, after=after)
+    readings = read(wiring, principal.tenant, job_ids)
+    return [readings[job_id].document for job_id in job_ids], has_more
 
 
 def cancel(wiring: Wiring, principal: Principal, job_id: str) -> JobView:
@@ -225,7 +236,7 @@ def metrics(wiring: Wiring, principal: Principal, job_id: str) -> list[CurvePoin
         ]
 
 
-def _no_job(job_id: str) -> NotFound:
+def no_job(job_id: str) -> NotFound:
     return NotFound(f"There is no job '{job_id}'.", code="job_not_found")
 
 
@@ -234,12 +245,12 @@ def _no_job(job_id: str) -> NotFound:
 
 def view(session: Session, job: Job) -> JobView:
     """The job as the API shows it."""
-    return views(session, [job])[0]
+    return _views(session.connection(), [job])[0]
 
 
-def views(session: Session, jobs: list[Job]) -> list[JobView]:
+def _views(connection: sa.Connection, jobs: Sequence[Any]) -> list[JobView]:
     stages: dict[str, list[Any]] = {job.id: [] for job in jobs}
-    for stage in session.connection().execute(_STAGES, {"jobs": list(stages)}):
+    for stage in connection.execute(_STAGES, {"jobs": list(stages)}):
         stages[stage.job_id].append(stage)
     clock = time.time()
     return [_view(job, stages[job.id], clock) for job in jobs]
