@@ -5,17 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import time
-from typing import TYPE_CHECKING, Any
 
 import pytest
 import sqlalchemy as sa
 
 from app.jobs.tables import Shard, StageOutput
-
-if TYPE_CHECKING:
-    from conftest import Stack
-else:
-    Stack = Any
+from tests.service.stack import Stack, until
 
 #: A job that would go on for many minutes.
 LONG = {"teacher": {"input_size": 64, "views": 1}, "distillation": {"steps": 100_000, "input_size": 32}}
@@ -23,18 +18,11 @@ LONG = {"teacher": {"input_size": 64, "views": 1}, "distillation": {"steps": 100
 pytestmark = pytest.mark.fault
 
 
-def until(check: Any, seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while not check():
-        assert time.monotonic() < end
-        time.sleep(0.1)
-
-
 def test_kill_of_the_worker_in_the_middle_of_distillation_resumes_from_the_checkpoint(stack: Stack) -> None:
     job_id = stack.submit(stack.upload())["id"]
     stack.wait_for_step(job_id, 150)
     stack.kill("worker")
-    until(lambda: not stack.compute_processes(), 5)  # nothing computes on without its worker
+    until(lambda: not stack.compute_processes(), 5, "it")  # nothing computes on without its worker
     stack.start("worker")
     job = stack.finished(job_id)
     assert (job["status"], job["attempt"]) == ("succeeded", 2)
@@ -121,7 +109,7 @@ def test_a_worker_that_slept_through_its_lease_changes_nothing_when_it_wakes(sta
         before = session.execute(sa.select(StageOutput.key, StageOutput.files)).all()
     for pid in sleeping:
         os.killpg(pid, signal.SIGCONT)
-    until(lambda: len(stack.compute_processes()) == 1, 10)  # the woken worker found its lease lost
+    until(lambda: len(stack.compute_processes()) == 1, 10, "it")  # the woken worker found its lease lost
     with stack.database.reading() as session:
         assert session.execute(sa.select(StageOutput.key, StageOutput.files)).all() == before
     stack.check_history(job_id)
@@ -139,7 +127,7 @@ def test_a_worker_asked_to_stop_gives_its_shard_back_unharmed(stack: Stack) -> N
     assert (given_back.status, given_back.attempt) == ("ready", 0)
     assert given_back.checkpoint is not None
     stack.start("worker")
-    until(lambda: stack.step_of(job_id, "distill") > given_back.step, 30)
+    until(lambda: stack.step_of(job_id, "distill") > given_back.step, 30, "it")
     assert stack.job(job_id)["attempt"] == 1
     stack.http.post(f"/v1/jobs/{job_id}/cancel")
     assert stack.finished(job_id)["status"] == "cancelled"

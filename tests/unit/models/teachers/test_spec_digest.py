@@ -12,7 +12,10 @@ SAY = "from models.teachers import TEACHERS; print(TEACHERS['efficientnet_lite0'
 def test_every_process_writes_the_same_document_of_a_teacher() -> None:
     documents = {
         subprocess.run(
-            [sys.executable, "-c", SAY], env={**os.environ, "PYTHONHASHSEED": str(seed)}, capture_output=True, check=True
+            [sys.executable, "-c", SAY],
+            env={**os.environ, "PYTHONHASHSEED": str(seed)},
+            capture_output=True,
+            check=True,
         ).stdout
         for seed in range(4)
     }
