@@ -68,14 +68,18 @@ def submit(
     teacher_files = _store(wiring, "teacher.json", teacher.model_dump(mode="json"))
     student_files = _store(wiring, "student.json", {"name": order.student})
     with wiring.database.writing() as session:
+        job_id = ids.new("job")
         if idempotency_key is not None:
-            used = session.get(IdempotencyKey, (principal.tenant, idempotency_key))
-            if used is not None:
+            # Written before all else: who comes second with the same key waits here, and then finds it taken.
+            taken = {"tenant": principal.tenant, "key": idempotency_key, "request_digest": request,
+                     "resource_id": job_id, "created_at": now()}  # fmt: skip
+            if not upsert(session, IdempotencyKey, [taken]):
+                used = session.get_one(IdempotencyKey, (principal.tenant, idempotency_key))
                 return Submitted(_replay(session, principal, used, request), replayed=True)
         _check_quota(session, principal, wiring.settings.max_active_jobs)
         sources, shape = _sources(session, principal, order.dataset_id, teacher_files, student_files)
         job = Job(
-            id=ids.new("job"), tenant=principal.tenant, dataset_id=order.dataset_id, teacher=order.teacher_id,
+            id=job_id, tenant=principal.tenant, dataset_id=order.dataset_id, teacher=order.teacher_id,
             method=method.name, student=order.student, preset=order.preset, params=params.model_dump(mode="json"),
             seed=order.seed, labels=order.metadata, sources=sources, shape=plan.shape_document(shape),
             status="queued", attempt=1, percent=0.0, last_event=0, created_at=session.scalar(sa.select(now())),
@@ -89,10 +93,6 @@ def submit(
         )
         plan.write(session, job, plan.stages(method, shape, sources, params, order.seed))
         ready = lifecycle.start(session, job)
-        if idempotency_key is not None:
-            row = {"tenant": principal.tenant, "key": idempotency_key, "request_digest": request,
-                   "resource_id": job.id, "created_at": now()}  # fmt: skip
-            upsert(session, IdempotencyKey, [row])
         session.flush()
         submitted = view(session, job)
     announce(wiring, ready)

@@ -80,9 +80,15 @@ def test_an_order_is_answered_with_a_queued_job_and_its_stages(client: httpx.Cli
         ({"teacher_id": "gpt"}, "unknown_teacher", "/teacher_id", "efficientnet_lite0"),
         ({"method": "magic"}, "unknown_method", "/method", "kd"),
         ({"student": "vgg"}, "unknown_student", "/student", "mobilenetv3_small_050"),
-        ({"params": {"distillation": {"stepz": 1}}}, "unknown_parameter", "/params/distillation/stepz", "distillation.steps"),
+        (
+            {"params": {"distillation": {"stepz": 1}}}, "unknown_parameter", "/params/distillation/stepz",
+            "distillation.steps",
+        ),
         ({"params": {"magic": {}}}, "unknown_parameter", "/params/magic", "distillation"),
-        ({"params": {"distillation": {"steps": 0}}}, "parameter_invalid", "/params/distillation/steps", "greater than or equal to 1"),
+        (
+            {"params": {"distillation": {"steps": 0}}}, "parameter_invalid", "/params/distillation/steps",
+            "greater than or equal to 1",
+        ),
         ({"params": {"distillation": 7}}, "parameter_invalid", "/params/distillation", "distillation"),
         ({"preset": "perfect"}, "invalid", "/preset", "balanced"),
         ({"seed": -1}, "invalid", "/seed", "greater than or equal to 0"),
