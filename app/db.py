@@ -147,4 +147,4 @@ def upsert(
         )
     else:
         statement = statement.on_conflict_do_nothing(index_elements=key)
-    return int(session.execute(statement).rowcount)  # type: ignore[attr-defined]
+    return len(session.execute(statement.returning(*key)).all())  # drivers differ in what rowcount says
