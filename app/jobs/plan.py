@@ -13,14 +13,16 @@ from app import ids
 from app.db import now
 from app.jobs import events
 from app.jobs.tables import Job, JobStage, Shard, StageOutput
-from models.pipeline import JobShape, Method, Params, PlannedStage, digest, inputs_of
+from models.pipeline import JobShape, Method, Params, PlannedStage, inputs_of
 
 
 def stages(
     method: Method, shape: JobShape, sources: Mapping[str, Mapping[str, Any]], params: Params, seed: int
 ) -> tuple[PlannedStage, ...]:
     """The method's stages for these sources (`{"support": {"files": {name: blob}}}`, …)."""
-    digests = {name: digest(source["files"]) for name, source in sources.items()}
+    digests = {}
+    for name, source in sources.items():
+        (digests[name],) = source["files"].values()  # a source is one file, and its content is its key
     return method.plan(shape, digests, params, seed)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import tempfile
 import time
 from collections.abc import Collection, Sequence
@@ -38,7 +36,7 @@ from app.security.principal import Principal
 from app.teachers import service as teachers
 from app.wiring import Wiring
 from models.methods import METHODS
-from models.pipeline import Method, Params, digest
+from models.pipeline import Method, Params, canonical, digest
 from models.students import STUDENTS
 from models.teachers import TeacherSpec
 
@@ -102,8 +100,8 @@ def submit(
 def dry_run(wiring: Wiring, principal: Principal, order: JobOrder) -> PlanView:
     """The plan that `submit` would make, and what of it exists already."""
     method, params, teacher = _resolve(wiring, order)
-    teacher_files = {"teacher.json": _digest_of(teacher.model_dump(mode="json"))}
-    student_files = {"student.json": _digest_of({"name": order.student})}
+    teacher_files = {"teacher.json": digest(teacher.model_dump(mode="json"))}
+    student_files = {"student.json": digest({"name": order.student})}
     with wiring.database.reading() as session:
         sources, shape = _sources(session, principal, order.dataset_id, teacher_files, student_files)
         planned = plan.stages(method, shape, sources, params, order.seed)
@@ -408,19 +406,12 @@ def _sources(
     return sources, plan.shape_of(len(dataset.classes), dataset.smallest_class, dataset.splits)
 
 
-def _document(value: Any) -> bytes:
-    return json.dumps(value, sort_keys=True, ensure_ascii=False).encode()
-
-
-def _digest_of(value: Any) -> str:
-    return hashlib.sha256(_document(value)).hexdigest()
-
-
 def _store(wiring: Wiring, name: str, value: Any) -> dict[str, str]:
     """A small JSON document as a blob, as the files of a source."""
-    if wiring.blobs.exists(known := _digest_of(value)):
-        return {name: known}
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / name
-        path.write_bytes(_document(value))
-        return {name: wiring.blobs.put(path)}
+    known = digest(value)
+    if not wiring.blobs.exists(known):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / name
+            path.write_bytes(canonical(value))
+            wiring.blobs.put(path)
+    return {name: known}
