@@ -2,8 +2,8 @@
 
     python examples/demo.py [FOLDER]        (what `make demo` runs)
 
-FOLDER holds one folder of images for each class, `test/` with the same for measuring, perhaps `unlabelled/`,
-and `try/` with images to classify at the end. Everything is real: gateway, Redis, Celery worker, database; they
+FOLDER holds one folder of images for each class, `test/` with the same for measuring, perhaps `unlabelled/`.
+At the end the student classifies the images in examples/unseen. Everything is real: gateway, Redis, Celery worker, database; they
 live in a temporary folder and are gone afterwards.
 """
 
@@ -47,16 +47,14 @@ def main() -> int:
             console.report(dram.students.report(job.student_id))
             bundle = dram.students.download_bundle(job.student_id, Path(temporary, "student.zip"))
         _title("The service is stopped; the student goes on alone, with onnxruntime and Pillow")
-        _classify(bundle, sorted((folder / "try").iterdir()), Path(temporary))
+        _classify(bundle, sorted((HERE / "unseen").iterdir()), Path(temporary))
     console.out.print(f"\nDone in {time.monotonic() - started:.0f} s.")
     return 0
 
 
 def _distil(dram: Dram, folder: Path) -> Job:
     _title(f"Uploading {folder.name}")
-    images = [
-        (name, path) for name, path in files_below(folder) if "/" in name and not name.startswith("try/")
-    ]
+    images = [(name, path) for name, path in files_below(folder) if "/" in name]
     dataset = dram.datasets.create(images, name=folder.name)
     console.dataset(dataset)
     _title(f"Distilling {ORDER['teacher_id']} into {ORDER['student']}")

@@ -32,10 +32,15 @@ LABELLED, TEST, UNLABELLED = 10, 30, 700
 Box = tuple[float, float, float, float]
 REGIONS: dict[str, dict[str, list[Box]]] = {
     "desert": {
-        "labelled": [(-8, 13, 17, 30), (42, 55, 17, 29)],  # western Sahara, Arabia
+        "labelled": [
+            (-8, 13, 17, 30),  # western Sahara
+            (42, 55, 17, 29),  # Arabia
+            (117, 129, -31, -19),  # western Australia
+            (58, 72, 37, 45),  # Karakum
+        ],
         "test": [
             (15, 33, 19, 31),  # Libya and Egypt
-            (120, 138, -30, -20),  # Australia
+            (129, 142, -31, -19),  # central Australia
             (76, 89, 36, 42),  # Taklamakan
             (94, 109, 38, 46),  # Gobi
         ],
@@ -134,7 +139,7 @@ def main() -> None:
             elif land >= 0.3 and box[3] <= 78 and box[2] >= -76:
                 rest.append((x, y))
 
-    for split in ("test", "unlabelled", "try", "coast", *REGIONS):
+    for split in ("test", "unlabelled", "../unseen", "coast", *REGIONS):
         shutil.rmtree(options.target / split, ignore_errors=True)
     chance = random.Random(7)
 
@@ -167,7 +172,7 @@ def main() -> None:
         keep("unlabelled", f"land-{number:04d}", spot)
     for label, spot in unseen:
         if label in ("coast", "desert", "mountains"):
-            keep("try", label, spot, "png")
+            keep("../unseen", label, spot, "png")
 
 
 if __name__ == "__main__":
