@@ -51,8 +51,21 @@ class HeadParams(Params):
     head: Literal["ridge", "prototypes"] = Field(
         "ridge", description="Ridge regression, or the class means (prototypes), on normalised features."
     )
-    ridge_lambda: float = Field(0.1, gt=0, le=100, description="Strength of the ridge penalty.")
+    ridge_lambda: float = Field(1.0, gt=0, le=100, description="Strength of the ridge penalty.")
     logit_scale: float = Field(12.0, gt=0, le=100, description="Factor from the head's scores to logits.")
+    rounds: int = Field(
+        10,
+        ge=0,
+        le=100,
+        description="Rounds of self-training, where there are unlabelled images: the head is fitted again to the "
+        "labelled images and to its own soft labels of the unlabelled ones. 0: labelled images only.",
+    )
+    unlabelled_weight: float = Field(
+        3.0,
+        gt=0,
+        le=100,
+        description="Weight of all unlabelled images together in those rounds; all labelled ones weigh 1.",
+    )
 
 
 class DistillationParams(Params):

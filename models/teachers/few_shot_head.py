@@ -1,12 +1,16 @@
-"""A classifier on frozen features, fitted in closed form to a few labelled images.
+"""A classifier on frozen features, fitted in closed form to a few labelled images, refined on unlabelled ones.
 
 Features are centred and L2-normalised first (SimpleShot's CL2N: Wang et al., arXiv:1911.04623, section 2.2).
+Unlabelled images refine the fit by self-training with soft labels, which for prototypes is the soft k-means of
+Ren et al., arXiv:1803.00676, section 3.1.1. No label but those of the labelled images takes part.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -37,6 +41,8 @@ class FewShotHead:
     classes: tuple[str, ...]
     kind: Literal["ridge", "prototypes"]
     ridge_lambda: float
+    rounds: int
+    unlabelled_weight: float
 
     def logits(self, features: Features) -> Logits:
         """float32 [..., C] from features [..., D]."""
@@ -44,10 +50,11 @@ class FewShotHead:
         scores: Tensor = unit @ self.weight.to(features.device) + self.bias.to(features.device)
         return self.scale * scores
 
-    def refit(self, features: Features, labels: Labels, centre: Tensor) -> FewShotHead:
-        """The same kind of head, fitted to other images."""
-        weight, bias = _solve(self.kind, features, labels, centre, len(self.classes), self.ridge_lambda)
-        return replace(self, centre=centre, weight=weight, bias=bias)
+    def refit(self, features: Features, labels: Labels, image: Tensor, centre: Tensor) -> FewShotHead:
+        """The same kind of head, fitted to other images; the arguments are those of `fit`."""
+        unfitted = replace(self, centre=centre)
+        weight, bias = _solve(unfitted, features, labels, image)
+        return replace(unfitted, weight=weight, bias=bias)
 
     def save(self, folder: Path) -> None:
         tensors = {"centre": self.centre, "weight": self.weight, "bias": self.bias}
@@ -58,6 +65,8 @@ class FewShotHead:
             "kind": self.kind,
             "scale": self.scale,
             "ridge_lambda": self.ridge_lambda,
+            "rounds": self.rounds,
+            "unlabelled_weight": self.unlabelled_weight,
             "input_size": self.input_size,
             "classes": list(self.classes),
         }
@@ -74,44 +83,103 @@ def load(folder: Path) -> FewShotHead:
 def fit(
     features: Features,
     labels: Labels,
+    image: Tensor,
     centre: Tensor,
     params: HeadParams,
     classes: tuple[str, ...],
     input_size: int,
 ) -> FewShotHead:
-    """The head for features [N, D] with labels [N], centred at `centre` [D]."""
-    weight, bias = _solve(params.head, features, labels, centre, len(classes), params.ridge_lambda)
-    return FewShotHead(
-        centre, weight, bias, params.logit_scale, input_size, classes, params.head, params.ridge_lambda
-    )
+    """The head for features [N, D], centred at `centre` [D], with labels [N], -1 where there is none.
 
-
-def _solve(
-    kind: str, features: Features, labels: Labels, centre: Tensor, classes: int, ridge_lambda: float
-) -> tuple[Tensor, Tensor]:
-    unit = functional.normalize(features - centre, dim=-1).double()
-    targets = functional.one_hot(labels, classes).double()
-    solved = ridge(unit, targets, ridge_lambda) if kind == "ridge" else prototypes(unit, targets)
-    return solved[0].float().contiguous(), solved[1].float().contiguous()
-
-
-def ridge(features: Tensor, targets: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
-    """Weight [D, C] and bias [C] of the least squares fit to targets [N, C], the weight's square penalised.
-
-    The bias is free of the penalty. Solved in its dual form, an N x N system, as N is small beside D
-    (Saunders et al., "Ridge Regression Learning Algorithm in Dual Variables", ICML 1998, equation 4).
+    Row i is a view of image `image[i]`; all views of an unlabelled image get one soft label.
     """
-    feature_mean, target_mean = features.mean(0), targets.mean(0)
-    centred = features - feature_mean
-    gram = centred @ centred.T + penalty * torch.eye(len(features), dtype=features.dtype)
-    weight = centred.T @ torch.linalg.solve(gram, targets - target_mean)
-    return weight, target_mean - feature_mean @ weight
+    width = features.shape[1]
+    head = FewShotHead(
+        centre=centre,
+        weight=torch.zeros(width, len(classes)),
+        bias=torch.zeros(len(classes)),
+        scale=params.logit_scale,
+        input_size=input_size,
+        classes=classes,
+        kind=params.head,
+        ridge_lambda=params.ridge_lambda,
+        rounds=params.rounds,
+        unlabelled_weight=params.unlabelled_weight,
+    )
+    return head.refit(features, labels, image, centre)
 
 
-def prototypes(features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Nearest class mean as a linear map: weight [D, C] the means p, bias -|p|^2 / 2.
+#: From targets [N, C] to the weight [D, C] and bias [C] that fit them.
+Solver = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+def _solve(head: FewShotHead, features: Features, labels: Labels, image: Tensor) -> tuple[Tensor, Tensor]:
+    unit = functional.normalize(features - head.centre, dim=-1).double()
+    known = labels >= 0
+    labelled, unlabelled = unit[known], unit[~known]
+    truth = functional.one_hot(labels[known], len(head.classes)).double()
+    ones = torch.ones(len(labelled), dtype=torch.double)
+    weight, bias = _solver(head, labelled, ones)(truth)
+    if head.rounds and len(unlabelled):
+        share = head.unlabelled_weight * len(labelled) / len(unlabelled)
+        again = _solver(
+            head,
+            torch.cat([labelled, unlabelled]),
+            torch.cat([ones, torch.full((len(unlabelled),), share).double()]),
+        )
+        for _ in range(head.rounds):
+            scores = _mean_by_image(unlabelled @ weight + bias, image[~known])
+            guessed = (head.scale * scores).softmax(-1)
+            weight, bias = again(torch.cat([truth, guessed]))
+    return weight.float().contiguous(), bias.float().contiguous()
+
+
+def _solver(head: FewShotHead, features: Tensor, weights: Tensor) -> Solver:
+    if head.kind == "ridge":
+        return ridge(features, weights, head.ridge_lambda)
+    return partial(prototypes, features, weights)
+
+
+def _mean_by_image(scores: Tensor, image: Tensor) -> Tensor:
+    """Each row of scores [n, C] replaced by the mean over the rows of the same image [n]."""
+    size = int(image.max()) + 1
+    sums = scores.new_zeros(size, scores.shape[1]).index_add_(0, image, scores)
+    means: Tensor = sums / torch.bincount(image, minlength=size).clamp(min=1)[:, None]
+    return means[image]
+
+
+def ridge(features: Tensor, weights: Tensor, penalty: float) -> Solver:
+    """Least squares with row weights [N] on features [N, D], the square of the weight [D, C] penalised.
+
+    The bias is free of the penalty. The system is factorised once, for any number of targets: in its dual
+    form, N x N, where rows are fewer than columns (Saunders et al., "Ridge Regression Learning Algorithm in
+    Dual Variables", ICML 1998, equation 4), else in its primal form, D x D.
+    """
+    total = weights.sum()
+    mean = weights @ features / total
+    root = weights.sqrt()[:, None]
+    rows = root * (features - mean)
+    dual = rows.shape[0] < rows.shape[1]
+    gram = rows @ rows.T if dual else rows.T @ rows
+    factor = torch.linalg.cholesky(gram + penalty * torch.eye(len(gram), dtype=gram.dtype))
+
+    def solve(targets: Tensor) -> tuple[Tensor, Tensor]:
+        target_mean = weights @ targets / total
+        wanted = root * (targets - target_mean)
+        if dual:
+            weight = rows.T @ torch.cholesky_solve(wanted, factor)
+        else:
+            weight = torch.cholesky_solve(rows.T @ wanted, factor)
+        return weight, target_mean - mean @ weight
+
+    return solve
+
+
+def prototypes(features: Tensor, weights: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Nearest class mean as a linear map: weight [D, C] the weighted means p, bias -|p|^2 / 2.
 
     2 f.p - |p|^2 orders classes as -|f - p|^2 does (Snell et al., arXiv:1703.05175, equation 8).
     """
-    means = (targets.T @ features) / targets.sum(0).clamp(min=1)[:, None]
+    shares = weights[:, None] * targets
+    means = (shares.T @ features) / shares.sum(0).clamp(min=1e-9)[:, None]
     return means.T, -0.5 * means.square().sum(1)

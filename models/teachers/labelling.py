@@ -40,9 +40,9 @@ def label(context: StageContext, params: HeadParams) -> None:
     count = context.shape.support + context.shape.unlabelled
     features, image, view, size = questions.read_answers(context.inputs["teacher_answers"], count)
     classes = archive.read_index(support / archive.FILE_NAME).classes
-    labelled = image < len(labels)
+    all_labels = torch.cat([labels, torch.full((count - len(labels),), -1)])
     centre = centre_of(features, image, len(labels))
-    head = few_shot_head.fit(features[labelled], labels[image[labelled]], centre, params, classes, size)
+    head = few_shot_head.fit(features, all_labels[image], image, centre, params, classes, size)
     head.save(context.output)
     SoftLabels(head.logits(features), image, view).save(context.output)
     context.report(1, 1)

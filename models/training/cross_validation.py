@@ -39,10 +39,9 @@ def cross_validate(context: StageContext, params: DistillationParams) -> None:
     position = kept.cumsum(0) - 1  # of each kept image among the kept
     learnt, learnt_image = features[kept_rows], position[image[kept_rows]]
     learnt_labels = labels[kept]
-    labelled = learnt_labels[learnt_image] >= 0
     centre = labelling.centre_of(learnt, learnt_image, int((learnt_labels >= 0).sum()))
     head = few_shot_head.load(context.folder("soft_labels")).refit(
-        learnt[labelled], learnt_labels[learnt_image[labelled]], centre
+        learnt, learnt_labels[learnt_image], learnt_image, centre
     )
     soft = labelling.SoftLabels(head.logits(learnt), learnt_image, view[kept_rows])
     data = distillation.training_set(pixels[kept], learnt_labels, soft, device)

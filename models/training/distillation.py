@@ -28,15 +28,17 @@ from models.training.loop import Schedule, fit
 class TrainingSet:
     """What a student learns from, on its device.
 
-    `pixels` uint8 [N, 3, S, S] and `labels` [N] (-1: none), support images first. `rows[i]` lists the views
-    of image i, as indices into `views` [n, 5] and the teacher's `logits` [n, C].
+    `pixels` uint8 [N, 3, S, S] and `labels` [N] (-1: none), support images first. `views` [n, 5] and the
+    teacher's `logits` [n, C] stand image by image: those of image i are the rows from `first[i]` on,
+    `counts[i]` of them.
     """
 
     pixels: Pixels
     labels: Labels
     logits: Logits
     views: Views
-    rows: tuple[Tensor, ...]
+    first: Tensor
+    counts: Tensor
 
     @property
     def support(self) -> int:
@@ -45,14 +47,11 @@ class TrainingSet:
     def pick(self, batch_size: int, support_share: float, random: torch.Generator) -> tuple[Tensor, Tensor]:
         """Image indices [B] and view rows [B]: a share of the batch from the support, the rest from all."""
         count = round(batch_size * support_share) if self.support < len(self.labels) else 0
-        first = torch.randint(self.support, (count,), generator=random)
+        labelled = torch.randint(self.support, (count,), generator=random)
         rest = torch.randint(len(self.labels), (batch_size - count,), generator=random)
-        chosen = torch.cat([first, rest])
-        numbers = torch.rand(batch_size, generator=random)
-        rows = [
-            self.rows[int(i)][int(u * len(self.rows[int(i)]))] for i, u in zip(chosen, numbers, strict=True)
-        ]
-        return chosen, torch.stack(rows)
+        chosen = torch.cat([labelled, rest])
+        numbers = torch.rand(batch_size, generator=random, dtype=torch.float64)
+        return chosen, self.first[chosen] + (numbers * self.counts[chosen]).long()
 
 
 def training_set(
@@ -63,8 +62,14 @@ def training_set(
     counts = torch.bincount(soft.image, minlength=len(labels))
     if len(counts) != len(labels) or int(counts.min()) == 0:
         raise TrainingError("the teacher's labels and the images do not belong together")
-    rows = torch.split(order, counts.tolist())
-    return TrainingSet(pixels.to(device), labels, soft.logits.to(device), soft.view, rows)
+    return TrainingSet(
+        pixels.to(device),
+        labels,
+        soft.logits[order].to(device),
+        soft.view[order],
+        counts.cumsum(0) - counts,
+        counts,
+    )
 
 
 def train(
