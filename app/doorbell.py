@@ -46,10 +46,5 @@ class Doorbell:
             return False
         return True
 
-    def ping(self) -> None:
-        """Raise OperationalError or OSError where Redis does not answer."""
-        with self._celery.connection_for_write() as connection:
-            connection.ensure_connection(max_retries=1, interval_start=0, timeout=1)
-
     def close(self) -> None:
         self._celery.close()
