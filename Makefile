@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 # Benchmarks that `make bench` runs; each takes --quick.
-BENCHMARKS ?= $(filter-out benchmarks/record.py,$(wildcard benchmarks/*.py))
+BENCHMARKS ?= $(filter-out record,$(notdir $(basename $(wildcard benchmarks/*.py))))
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo up test test-slow lint format bench clean
@@ -44,7 +44,7 @@ format: $(STAMP)  ## Let ruff lay out the code
 	$(BIN)/ruff format .
 
 bench: $(STAMP)  ## Run every benchmark in its small version
-	@for script in $(BENCHMARKS); do echo "== $$script" && $(BIN)/python $$script --quick || exit 1; done
+	@for name in $(BENCHMARKS); do echo "== $$name" && $(BIN)/python -m benchmarks.$$name --quick || exit 1; done
 
 clean:  ## Remove .venv and caches; .dram, which holds your data, stays
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,8 +1,11 @@
-"""kd on CIFAR-10, 10-way 10-shot, Conv4-64 at 32 px, tested on all test images: python -m benchmarks.kd_cifar10.
+"""kd on CIFAR-10, 10-way 10-shot, Conv4-64 at 32 px, tested on all test images.
 
-Three arms on the same draws of the supports: the teacher itself; the student from the 100 real images alone;
-the student with 4,000 unlabelled images. `--through-api` makes the last arm once more by the HTTP API.
-What is under `--work` from an earlier run is not done again, so a stopped run goes on.
+    python -m benchmarks.kd_cifar10 [--data FOLDER] [--quick] [--through-api URL --key KEY]
+
+Two arms on the same draws of the supports: the 100 real images alone, and with 4,000 unlabelled images. Each has
+a student and a teacher: a frozen network with a head that is fitted to what the arm has. `--through-api` makes
+the last student of the first draw once more by the HTTP API. What is under `--work` from an earlier run is not
+done again, so a stopped run goes on.
 """
 
 from __future__ import annotations
@@ -10,9 +13,11 @@ from __future__ import annotations
 import argparse
 import io
 import math
+import multiprocessing
 import statistics
 import tarfile
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,11 +41,12 @@ from models.training.cross_validation import predict
 NAME = "kd_cifar10"
 TEACHER, TEACHER_SIZE, STUDENT = "efficientnet_lite2", 128, "conv4"
 SHOTS, UNLABELLED = 10, 4000
+REAL, UNLABELLED_TOO, BY_API = "real only", "with unlabelled", "unlabelled, through the API"
 TARGETS = {
-    "teacher": 0.54,
-    "real only": 0.37,
-    "with unlabelled": 0.59,
-    "with unlabelled, through the API": 0.59,
+    f"teacher, {UNLABELLED_TOO}": 0.54,
+    f"student, {REAL}": 0.37,
+    f"student, {UNLABELLED_TOO}": 0.59,
+    f"student, {BY_API}": 0.59,
 }
 
 
@@ -116,33 +122,57 @@ def teacher_accuracy(run: local.LocalRun) -> float:
     return float(hits.double().mean())
 
 
-def measure(images: Files, seeds: Sequence[int], args: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row for each draw and arm."""
-    params = parameters(args.preset, args.quick)
-    rows = []
-    for seed in seeds:
-        unlabelled, tested = (40, 100) if args.quick else (UNLABELLED, len(images.test))
-        splits = draw(images, seed, unlabelled, tested, args.work / ("quick" if args.quick else "splits"))
-        options: dict[str, Any] = {"params": params, "seed": seed, "device": args.device}
-        out = args.work / "runs"
-        few = {name: splits[name] for name in ("support", "test")}
-        runs = {
-            "with unlabelled": local.run(
-                "kd", splits, TEACHER, STUDENT, out, wanted=["trained_student", "teacher_on_test"], **options
-            ),
-            "real only": local.run("kd", few, TEACHER, STUDENT, out, wanted=["trained_student"], **options),
-        }
-        accuracies = {"teacher": teacher_accuracy(runs["with unlabelled"])}
-        accuracies |= {arm: student_accuracy(run, splits["test"]) for arm, run in runs.items()}
-        if args.through_api:
-            accuracies["with unlabelled, through the API"] = accuracy_through_api(
-                args.through_api, args.key, splits, params, seed, args.work
-            )
-        for arm, accuracy in accuracies.items():
-            seconds = runs[arm].seconds.get("distill", 0.0) if arm in runs else 0.0
-            rows.append({"arm": arm, "draw": seed, "accuracy": accuracy, "distil_seconds": round(seconds)})
-            print(f"draw {seed}  {arm}: {accuracy:.4f}", flush=True)
-    return rows
+@dataclass(frozen=True)
+class Task:
+    """One arm on one draw; `images` are the splits that the arm may use."""
+
+    arm: str
+    seed: int
+    images: Mapping[str, Path]
+    params: Params
+    out: Path
+    device: str
+    threads: int
+
+
+def measure(task: Task) -> list[dict[str, Any]]:
+    """Distil and examine; one row for the student, one for the teacher."""
+    use_threads(task.threads)
+    run = local.run(
+        "kd",
+        task.images,
+        TEACHER,
+        STUDENT,
+        task.out,
+        params=task.params,
+        seed=task.seed,
+        device=task.device,
+        wanted=["trained_student", "teacher_on_test"],
+    )
+    return [
+        row("student", task.arm, task.seed, student_accuracy(run, task.images["test"])),
+        row("teacher", task.arm, task.seed, teacher_accuracy(run)),
+    ]
+
+
+def row(who: str, arm: str, seed: int, accuracy: float) -> dict[str, Any]:
+    print(f"draw {seed}  {who}, {arm}: {accuracy:.4f}", flush=True)
+    return {"who": who, "arm": arm, "draw": seed, "accuracy": accuracy}
+
+
+def measure_all(
+    splits: Sequence[Mapping[str, Path]], params: Params, args: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Both arms of every draw, `--processes` at a time."""
+    tasks = []
+    for seed, images in enumerate(splits):
+        few = {name: folder for name, folder in images.items() if name != "unlabelled"}
+        for arm, given in ((UNLABELLED_TOO, images), (REAL, few)):
+            out = args.work / "runs" / arm.replace(" ", "-")
+            tasks.append(Task(arm, seed, given, params, out, args.device, args.threads))
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.processes, mp_context=context) as pool:
+        return [found for rows in pool.map(measure, tasks) for found in rows]
 
 
 def accuracy_through_api(
@@ -178,22 +208,29 @@ def accuracy_through_api(
     return float(np.mean(hits))
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """95 % interval of the mean over draws, by Student's t."""
-    if len(values) < 2:
-        return (0.0, 1.0)
-    reach = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+def interval(values: Sequence[float], tested: int) -> tuple[float, float]:
+    """95 % interval of the mean over draws, by Student's t; of one draw, over its test images, by Wilson."""
     mean = statistics.fmean(values)
+    if len(values) == 1:
+        wilson = stats.binomtest(round(mean * tested), tested).proportion_ci(method="wilson")
+        return (float(wilson.low), float(wilson.high))
+    reach = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
     return (mean - float(reach), mean + float(reach))
 
 
-def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    checks = []
-    for arm, target in TARGETS.items():
-        values = [row["accuracy"] for row in rows if row["arm"] == arm]
-        if values:
-            checks.append(record.check(arm, statistics.fmean(values), interval(values), at_least=target))
-    return checks
+def summary(rows: Sequence[dict[str, Any]], tested: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The mean of each kind of row over the draws with its 95 % interval, and the checks of those with a target."""
+    groups: dict[str, list[float]] = {}
+    for found in rows:
+        groups.setdefault(f"{found['who']}, {found['arm']}", []).append(found["accuracy"])
+    means, checks = [], []
+    for name, values in groups.items():
+        mean, (low, high) = statistics.fmean(values), interval(values, tested)
+        who, arm = name.split(", ", 1)
+        means.append({"who": who, "arm": arm, "draw": "mean", "accuracy": mean, "low": low, "high": high})
+        if name in TARGETS:
+            checks.append(record.check(name, mean, (low, high), at_least=TARGETS[name]))
+    return means, checks
 
 
 def main() -> None:
@@ -209,25 +246,34 @@ def main() -> None:
     parser.add_argument("--preset", default="balanced", choices=["draft", "balanced", "best"])
     parser.add_argument("--draws", type=int, default=3, help="draws of the supports; seeds 0, 1, ...")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--processes", type=int, default=2, help="arms and draws at the same time")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of each process")
     parser.add_argument(
         "--quick", action="store_true", help="one draw, few images and steps; writes no result"
     )
     parser.add_argument(
-        "--through-api", metavar="URL", help="also distil through the gateway at this address"
+        "--through-api", metavar="URL", help="also distil draw 0 through the gateway at this address"
     )
     parser.add_argument("--key", help="API key for --through-api")
     args = parser.parse_args()
     if args.through_api and not args.key:
         parser.error("--through-api needs --key")
-    use_threads(args.threads)
-    args.work.mkdir(parents=True, exist_ok=True)
     if not (args.data / "cifar10.tar.xz").is_file():
         print(f"skipped: {args.data} has no cifar10.tar.xz; name its folder with --data")
         return
-    seeds = range(1 if args.quick else args.draws)
-    rows = measure(unpacked(args.data, args.work), seeds, args)
-    record.write(NAME, rows=rows, checks=summary(rows), seeds=list(seeds), quick=args.quick)
+    args.work.mkdir(parents=True, exist_ok=True)
+    files = unpacked(args.data, args.work)
+    params = parameters(args.preset, args.quick)
+    unlabelled, tested = (40, 100) if args.quick else (UNLABELLED, len(files.test))
+    folder = args.work / ("quick" if args.quick else "splits")
+    seeds = list(range(1 if args.quick else args.draws))
+    splits = [draw(files, seed, unlabelled, tested, folder) for seed in seeds]
+    rows = measure_all(splits, params, args)
+    if args.through_api:
+        accuracy = accuracy_through_api(args.through_api, args.key, splits[0], params, seeds[0], args.work)
+        rows.append(row("student", BY_API, seeds[0], accuracy))
+    means, checks = summary(rows, tested)
+    record.write(NAME, rows=[*rows, *means], checks=checks, seeds=seeds, quick=args.quick)
 
 
 if __name__ == "__main__":
