@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from app.home import Home
-from app.supervisor import dying_with
+from app.processes import dying_with
 
 #: The first start on a slow machine migrates, compiles Python files and loads the worker.
 _START_S = 180.0

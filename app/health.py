@@ -19,14 +19,12 @@ from sqlalchemy.orm import Session
 
 from app import migrate
 from app.db import now
-from app.jobs.tables import Shard, Worker
+from app.jobs.tables import WORKER_SILENCE_S, Shard, Worker
 from app.wiring import Wiring
 
 log = structlog.get_logger()
 router = APIRouter(tags=["health"])
 
-#: A worker writes `seen_at` far more often than this.
-WORKER_SEEN_S = 60.0
 #: A check that takes longer has failed.
 CHECK_S = 3.0
 #: Anyone may ask, so the checks run at most this often.
@@ -127,7 +125,7 @@ class Readiness:
         with self._wiring.database.reading() as session:
             alive = _workers_alive(session)
         if not alive:
-            raise NotReady(f"No worker was seen in the last {WORKER_SEEN_S:.0f} seconds: start one.")
+            raise NotReady(f"No worker was seen in the last {WORKER_SILENCE_S:.0f} seconds: start one.")
         return f"{alive} alive."
 
 
@@ -176,5 +174,5 @@ def _work(wiring: Wiring) -> CollectorRegistry:
 
 
 def _workers_alive(session: Session) -> int:
-    recent = Worker.seen_at > now() - WORKER_SEEN_S
+    recent = Worker.seen_at > now() - WORKER_SILENCE_S
     return session.scalar(sa.select(sa.func.count()).select_from(Worker).where(recent)) or 0

@@ -18,7 +18,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-_PR_SET_PDEATHSIG = 1
+from app.processes import dying_with
+
 _PR_SET_CHILD_SUBREAPER = 36
 _LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
@@ -135,20 +136,6 @@ class Supervisor:
                     os.kill(pid, signal.SIGKILL)
                 with suppress(ChildProcessError):
                     os.waitpid(pid, 0)
-
-
-def dying_with(parent: int) -> Callable[[], None] | None:
-    """What a child runs before its program, so that it is killed when `parent` ends; None where no kernel can."""
-    if _LIBC is None:
-        return None
-    libc = _LIBC
-
-    def die_with_parent() -> None:
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != parent:  # it died before the line above
-            os._exit(1)
-
-    return die_with_parent
 
 
 def _own_children() -> set[int]:

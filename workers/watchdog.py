@@ -19,12 +19,15 @@ from billiard import active_children
 from celery.signals import worker_ready, worker_shutdown, worker_shutting_down
 
 from app.db import Database, now, upsert
+from app.errors import DramError
 from app.jobs.tables import Shard, Worker
 from app.settings import Settings
+from app.teachers import service as teachers
 
 log = structlog.get_logger()
 
 _PAUSE_S = 5.0
+_TEACHERS_PAUSE_S = 60.0
 _MERCY_S = 20.0  # between asking the process to end and ending it
 
 
@@ -36,12 +39,14 @@ class Watchdog(threading.Thread):
         self.worker_id = f"{self._host}:{os.getpid()}"
         self._stopped = threading.Event()
         self._idle_since = time.monotonic()
+        self._tell_at = 0.0
 
     def run(self) -> None:
         database = Database(self._settings.database)
         while not self._stopped.is_set():
             try:
                 self.look(database)
+                self.tell_teachers(database)
             except sa.exc.DBAPIError as error:
                 log.warning("watchdog_failed", error=str(error.orig))
                 self._idle_since = time.monotonic()
@@ -69,6 +74,20 @@ class Watchdog(threading.Thread):
             threading.Timer(_MERCY_S, os._exit, (70,)).start()
             os.kill(os.getpid(), signal.SIGTERM)
             self._stopped.set()
+
+    def tell_teachers(self, database: Database) -> None:
+        """Write which teachers can be had here, now and then: the gateway may run where none of them lies."""
+        if time.monotonic() < self._tell_at:
+            return
+        self._tell_at = time.monotonic() + _TEACHERS_PAUSE_S
+        try:
+            found = teachers.here(list(teachers.catalogue(self._settings).values()))
+        except DramError as error:
+            log.error("teachers_unknown", detail=error.detail)
+            return
+        states = {name: [state.available, state.reason] for name, state in found.items()}
+        with database.writing() as session:
+            session.execute(sa.update(Worker).where(Worker.id == self.worker_id).values(teachers=states))
 
     def _held_here(self) -> sa.Select[int]:
         mine = sa.and_(Shard.status == "running", Shard.worker.startswith(self.worker_id + "/"))

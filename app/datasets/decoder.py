@@ -40,9 +40,12 @@ class Rejected(Exception):
         self.detail = detail
 
 
-def confine(max_pixels: int) -> None:
+def confine(max_pixels: int, parent: int) -> None:
     """Give up what decoding does not need: memory, files, life after the parent."""
+    # As in app/processes.py, but here: its parent has many threads, and must run no Python between fork and exec.
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the line above
+        sys.exit(1)
     memory = 256 * 2**20 + 20 * max_pixels  # the decoded image, its RGB copy, its resized copy
     for kind, limit in (
         (resource.RLIMIT_AS, memory),
@@ -167,8 +170,9 @@ def main() -> None:
     arguments = argparse.ArgumentParser()
     arguments.add_argument("--max-pixels", type=int, required=True)
     arguments.add_argument("--cpu-seconds", type=float, required=True)
+    arguments.add_argument("--parent", type=int, required=True)
     options = arguments.parse_args()
-    confine(options.max_pixels)
+    confine(options.max_pixels, options.parent)
     from PIL import (  # noqa: PLC0415 - and before the first request: files cannot be opened later
         Image,
         JpegImagePlugin,

@@ -98,6 +98,7 @@ class Decoder:
     def __init__(self, *, max_pixels: int, timeout_s: float, program: Path = PROGRAM) -> None:
         self._command = [
             sys.executable, "-I", str(program), "--max-pixels", str(max_pixels), "--cpu-seconds", str(timeout_s),
+            "--parent", str(os.getpid()),
         ]  # fmt: skip
         self._timeout_s = timeout_s
         self._child: subprocess.Popen[bytes] | None = None

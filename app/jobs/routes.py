@@ -18,6 +18,7 @@ from app.jobs.events import TERMINAL
 from app.jobs.reader import JobReader
 from app.jobs.schemas import CurvePoint, EventView, JobOrder, JobView, PlanView, Status
 from app.paging import Limit, Page
+from app.problem import documented
 from app.security.dependencies import Wired, allowed, caller
 from app.security.principal import Principal
 from app.wiring import Wiring
@@ -35,6 +36,7 @@ _PING_S = 15.0
 @router.get(
     "/{job_id}",
     response_model=JobView,
+    responses=documented(404),
     openapi_extra={
         "parameters": [
             {"name": "job_id", "in": "path", "required": True, "schema": {"type": "string"}},
@@ -65,7 +67,12 @@ async def show(request: Request) -> Response:
     return Response(reading.document, media_type="application/json", headers={"ETag": etag})
 
 
-@router.post("", status_code=201, response_model=JobView, responses={200: {"model": PlanView | JobView}})
+@router.post(
+    "",
+    status_code=201,
+    response_model=JobView,
+    responses={200: {"model": PlanView, "description": "The plan of a dry run."}, **documented(404, 429)},
+)
 def create(
     order: JobOrder,
     wired: Wired,
@@ -102,13 +109,13 @@ def index(
     return _json(page)
 
 
-@router.post("/{job_id}/cancel", response_model=JobView, status_code=202)
+@router.post("/{job_id}/cancel", response_model=JobView, status_code=202, responses=documented(404, 409))
 def cancel(job_id: str, wired: Wired, principal: Writer) -> JobView:
     """Stop a job. A running stage stops within seconds; 409 when the job has ended."""
     return service.cancel(wired, principal, job_id)
 
 
-@router.post("/{job_id}/retry", response_model=JobView, status_code=202)
+@router.post("/{job_id}/retry", response_model=JobView, status_code=202, responses=documented(404, 409))
 def retry(job_id: str, wired: Wired, principal: Writer) -> JobView:
     """Continue a failed or cancelled job from what it had finished; 409 for any other."""
     return service.retry(wired, principal, job_id)
@@ -117,7 +124,7 @@ def retry(job_id: str, wired: Wired, principal: Writer) -> JobView:
 @router.get(
     "/{job_id}/events",
     response_model=Page[EventView],
-    responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
+    responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}, **documented(404)},
 )
 async def events(
     job_id: str,
@@ -141,7 +148,7 @@ async def events(
     return _json(Page[EventView](data=found[:limit], has_more=len(found) > limit).model_dump_json())
 
 
-@router.get("/{job_id}/metrics", response_model=Page[CurvePoint])
+@router.get("/{job_id}/metrics", response_model=Page[CurvePoint], responses=documented(404))
 def metrics(job_id: str, wired: Wired, principal: Reader) -> Response:
     """The training curves, all points."""
     points = service.metrics(wired, principal, job_id)

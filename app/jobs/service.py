@@ -335,7 +335,7 @@ def _resolve(wiring: Wiring, order: JobOrder) -> tuple[Method, Params, TeacherSp
             f"{_words(teacher.offers)}. Choose another teacher or method.",
             code="teacher_offers_too_little",
         )
-    available = teachers.availability(teacher)
+    available = teachers.availability(wiring, [teacher])[teacher.name]
     if not available.available:
         raise Invalid(
             f"Teacher '{order.teacher_id}' cannot be used: {available.reason}", code="teacher_unavailable"

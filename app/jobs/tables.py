@@ -137,6 +137,10 @@ class IdempotencyKey(Base):
     created_at: Mapped[float] = mapped_column(default=now())
 
 
+#: A worker that has not been seen for so many seconds is not counted as alive.
+WORKER_SILENCE_S = 60.0
+
+
 class Worker(Base):
     """A worker process that is alive; its row is what readiness looks at."""
 
@@ -145,5 +149,7 @@ class Worker(Base):
     id: Mapped[str] = mapped_column(primary_key=True)
     queues: Mapped[list[Any]]
     device: Mapped[str]
+    #: Teacher -> [available, reason] as the worker sees it; None until it has looked.
+    teachers: Mapped[dict[str, Any] | None] = mapped_column(sa.JSON(none_as_null=True))
     started_at: Mapped[float] = mapped_column(default=now())
     seen_at: Mapped[float] = mapped_column(default=now())

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-
 from fastapi import APIRouter
 
 from app.errors import NotFound
@@ -12,7 +10,7 @@ from app.problem import documented
 from app.security.dependencies import Wired, allowed
 from app.teachers import service
 from app.teachers.schemas import TeacherAnswer
-from models.teachers import TeacherSpec
+from models.teachers import Availability, TeacherSpec
 
 router = APIRouter(prefix="/v1/teachers", tags=["teachers"], dependencies=[allowed("jobs:read")])
 
@@ -20,9 +18,9 @@ router = APIRouter(prefix="/v1/teachers", tags=["teachers"], dependencies=[allow
 @router.get("", responses=documented(503))
 def index(wiring: Wired) -> Page[TeacherAnswer]:
     """Every teacher with its licence and size, and whether it can be had now. One page holds all."""
-    specs = service.catalogue(wiring.settings).values()
-    with ThreadPoolExecutor(max_workers=8) as threads:  # the hub is asked for several at once
-        return Page(data=list(threads.map(_answer, specs)), has_more=False)
+    specs = list(service.catalogue(wiring.settings).values())
+    states = service.availability(wiring, specs)
+    return Page(data=[_answer(spec, states[spec.name]) for spec in specs], has_more=False)
 
 
 @router.get("/{teacher_id}", responses=documented(404, 503))
@@ -30,11 +28,11 @@ def show(teacher_id: str, wiring: Wired) -> TeacherAnswer:
     known = service.catalogue(wiring.settings)
     if teacher_id not in known:
         raise NotFound(f"There is no teacher '{teacher_id[:64]}'. GET /v1/teachers lists them.")
-    return _answer(known[teacher_id])
+    spec = known[teacher_id]
+    return _answer(spec, service.availability(wiring, [spec])[teacher_id])
 
 
-def _answer(spec: TeacherSpec) -> TeacherAnswer:
-    state = service.availability(spec)
+def _answer(spec: TeacherSpec, state: Availability) -> TeacherAnswer:
     return TeacherAnswer(
         object="teacher",
         id=spec.name,

@@ -17,15 +17,21 @@ The file is TOML, one table for each teacher with the members of `TeacherSpec`:
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
+import sqlalchemy as sa
 import structlog
 from pydantic import ValidationError
 
+from app.db import now
 from app.errors import Invalid, Unavailable, findings_of
+from app.jobs.tables import WORKER_SILENCE_S, Worker
 from app.settings import Settings
+from app.wiring import Wiring
 from models import teachers
 from models.teachers import TEACHERS, Availability, TeacherSpec
 
@@ -55,14 +61,39 @@ def find(settings: Settings, teacher_id: str) -> TeacherSpec:
     return known[teacher_id]
 
 
-def availability(spec: TeacherSpec) -> Availability:
-    """Whether the teacher can be had on this machine now, and why not."""
+def availability(wiring: Wiring, specs: Sequence[TeacherSpec]) -> dict[str, Availability]:
+    """Whether each teacher can be had now, and why not: as the live workers say, for they load it.
+
+    Where no worker has looked yet, what this machine itself sees.
+    """
+    with wiring.database.rows() as connection:
+        recent = Worker.seen_at > now() - WORKER_SILENCE_S
+        seen = sa.select(Worker.teachers).where(recent, Worker.teachers.is_not(None))
+        reports = list(connection.execute(seen).scalars())
+    if not reports:
+        return here(specs)
+    return {spec.name: _among(reports, spec.name) for spec in specs}
+
+
+def here(specs: Sequence[TeacherSpec]) -> dict[str, Availability]:
+    """Whether each teacher can be had on this machine. Asks the hub for several at once."""
+    with ThreadPoolExecutor(max_workers=8) as threads:
+        return dict(zip([spec.name for spec in specs], threads.map(_here, specs), strict=True))
+
+
+def _here(spec: TeacherSpec) -> Availability:
     try:
         return teachers.availability(spec)
     except ImportError as error:  # a gateway without the hub's client
         return Availability(
             False, f"The Python package '{error.name}' that would look for it is not installed here."
         )
+
+
+def _among(reports: Sequence[Mapping[str, Any]], name: str) -> Availability:
+    answers = [Availability(*report[name]) for report in reports if name in report]
+    absent = Availability(False, "No running worker has it in its file of teachers (DRAM_TEACHERS_FILE).")
+    return next((answer for answer in answers if answer.available), answers[0] if answers else absent)
 
 
 @lru_cache(maxsize=4)

@@ -69,6 +69,7 @@ def upgrade() -> None:
     sa.Column('id', sa.String(), nullable=False),
     sa.Column('queues', sa.JSON(), nullable=False),
     sa.Column('device', sa.String(), nullable=False),
+    sa.Column('teachers', sa.JSON(none_as_null=True), nullable=True),
     sa.Column('started_at', sa.Double(), nullable=False),
     sa.Column('seen_at', sa.Double(), nullable=False),
     sa.PrimaryKeyConstraint('id', name=op.f('pk_workers'))

@@ -5,6 +5,9 @@ from __future__ import annotations
 import httpx
 import pytest
 
+from app.db import now
+from app.jobs.tables import Worker
+from app.wiring import Wiring
 from models.methods import METHODS
 from models.students import STUDENTS
 from models.teachers import TEACHERS
@@ -45,6 +48,27 @@ def test_teachers_come_with_licence_size_and_whether_they_can_be_had(client: htt
     one = client.get("/v1/teachers/efficientnet_lite0").json()
     assert one["licence"] == "Apache-2.0"
     assert "features" in one["offers"]
+
+
+def test_a_teacher_can_be_had_where_a_live_worker_has_it_whatever_the_gateway_sees(
+    client: httpx.Client, wiring: Wiring
+) -> None:
+    def report(worker: str, seen_s_ago: float, states: dict[str, list[bool | str]]) -> None:
+        with wiring.database.writing() as session:
+            seen = now() - seen_s_ago
+            session.add(Worker(id=worker, queues=["gpu"], device="cpu", teachers=states, seen_at=seen))
+
+    def available(teacher: str) -> tuple[bool, str]:
+        found = client.get(f"/v1/teachers/{teacher}").json()
+        return found["available"], found["reason"]
+
+    report("gone", 3600, {"dinov2_small": [True, "Long ago."]})
+    assert available("efficientnet_lite0")[0]  # no live worker has told: what this machine has
+    report("one", 1, {"efficientnet_lite0": [False, "Not here."], "dinov2_small": [False, "Not cached."]})
+    assert available("efficientnet_lite0") == (False, "Not here.")
+    report("two", 1, {"dinov2_small": [True, "In the cache."]})
+    assert available("dinov2_small") == (True, "In the cache.")
+    assert "DRAM_TEACHERS_FILE" in available("vit_base_16")[1]
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ def test_the_operators_teachers_are_added(tmp_path: Path) -> None:
     found = service.catalogue(settings(tmp_path, ENTRY))
     assert found.keys() == TEACHERS.keys() | {"our_vit"}
     assert service.find(settings(tmp_path, ENTRY), "our_vit").embedding_dim == 384
-    state = service.availability(found["our_vit"])
+    state = service.here([found["our_vit"]])["our_vit"]
     assert not state.available
     assert "/srv" not in state.reason
 
