@@ -5,7 +5,6 @@ A fixture named `database`, and everything made from it, runs each test twice: o
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
 import os
 import pwd
@@ -29,16 +28,12 @@ import uvicorn
 from app import ids, migrate, redis_server
 from app.db import Database
 from app.keys import service as keys
+from app.processes import dying_with
 from app.settings import Settings
 from app.wiring import Wiring
 
 #: PostgreSQL refuses to run as root; root's tests give it to this user.
 _UNPRIVILEGED = "nobody"
-_PR_SET_PDEATHSIG = 1
-
-
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def eventually(true: Callable[[], bool], what: str, seconds: float = 30) -> None:
@@ -87,7 +82,7 @@ def _program(
 ) -> Iterator[None]:
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command, stdout=output, stderr=output, user=user, preexec_fn=_die_with_parent, cwd="/"
+            command, stdout=output, stderr=output, user=user, preexec_fn=dying_with(os.getpid()), cwd="/"
         )
     try:
         yield

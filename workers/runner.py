@@ -6,7 +6,6 @@ is loaded once; it dies with its parent, and its memory and GPU really return wh
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import select
@@ -18,9 +17,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from app.jobs.lifecycle import Claim
+from app.processes import dying_with
 from app.settings import Settings
-
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -90,7 +88,7 @@ class ComputeProcess:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 start_new_session=True,
-                preexec_fn=_die_with_parent,
+                preexec_fn=dying_with(os.getpid()),
             )
         assert self._process.stdin is not None
         try:
@@ -104,12 +102,13 @@ class ComputeProcess:
         assert self._process is not None
         assert self._process.stdout is not None
         if b"\n" not in self._pending:
+            ended = self._process.poll() is not None  # asked first: what it said is then in the pipe already
             readable, _, _ = select.select([self._process.stdout], [], [], timeout)
-            if not readable:
-                return None
+            if not readable:  # after its end the pipe stays open while a process that it started holds it
+                return self._died() if ended else None
             chunk = os.read(self._process.stdout.fileno(), 1 << 16)
             if not chunk:
-                return Died(self._process.wait())
+                return self._died()
             self._pending += chunk
             if b"\n" not in self._pending:
                 return None
@@ -126,9 +125,13 @@ class ComputeProcess:
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
-                pipe.close()
+                with suppress(BrokenPipeError):  # a claim that it did not read any more
+                    pipe.close()
         self._process, self._pending = None, b""
 
-
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    def _died(self) -> Died:
+        """At once with all that it started, whose memory and GPU the next attempt needs."""
+        assert self._process is not None
+        status = self._process.wait()
+        self.kill()
+        return Died(status)

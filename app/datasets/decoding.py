@@ -122,7 +122,8 @@ class Decoder:
 
     def clean(self, content: bytes) -> CleanImage:
         """Raises `ImageRejected`."""
-        if self._child is None or self._fed >= IMAGES_PER_CHILD:
+        ended = self._child is not None and self._child.poll() is not None  # with the thread that started it
+        if self._child is None or ended or self._fed >= IMAGES_PER_CHILD:
             self._start()
         requests, answers = _pipes(self._child)
         self._fed += 1

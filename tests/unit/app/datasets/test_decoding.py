@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -100,7 +102,7 @@ def test_a_fresh_child_takes_over_after_many_images(monkeypatch: pytest.MonkeyPa
 def test_the_child_gives_up_what_decoding_does_not_need(attempt: str, error: str, tmp_path: Path) -> None:
     program = (
         f"import runpy, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        f"runpy.run_path({str(decoding.PROGRAM)!r}, run_name='decoder')['confine'](1_000_000)\n"
+        f"runpy.run_path({str(decoding.PROGRAM)!r}, run_name='decoder')['confine'](1_000_000, {os.getpid()})\n"
         f"{attempt.replace('/tmp/dram-escape', str(tmp_path / 'escape'))}\n"
     )
     outcome = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
@@ -132,3 +134,13 @@ def test_formats_are_told_by_content() -> None:
         assert decoding.kind(encoded.getvalue()) == name
     assert decoding.kind(b"RIFF\0\0\0\0WAVE") == ""
     assert decoding.kind(b"") == ""
+
+
+def test_a_child_that_ended_with_the_thread_that_started_it_is_replaced(decoder: Decoder) -> None:
+    """A server's pool of threads shrinks when less is asked of it."""
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(decoder.clean, picture()).result().width == 50
+    ended = decoder._child
+    assert ended is not None
+    assert ended.wait(5) == -signal.SIGKILL
+    assert decoder.clean(picture()).width == 50
