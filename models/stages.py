@@ -54,7 +54,7 @@ class HeadParams(Params):
     ridge_lambda: float = Field(1.0, gt=0, le=100, description="Strength of the ridge penalty.")
     logit_scale: float = Field(12.0, gt=0, le=100, description="Factor from the head's scores to logits.")
     rounds: int = Field(
-        10,
+        6,
         ge=0,
         le=100,
         description="Rounds of self-training, where there are unlabelled images: the head is fitted again to the "
@@ -77,14 +77,21 @@ class DistillationParams(Params):
         le=224,
         description="Side in pixels of the student's images. Empty: the student's own size.",
     )
+    views: int = Field(
+        2,
+        ge=1,
+        le=64,
+        description="Views of each image that the student is shown, the first of those that the teacher labels. "
+        "The first two show all of the image; crops from the third on help the head more than a small student.",
+    )
     steps: int = Field(3000, ge=1, le=200_000, description="Optimiser steps.")
     batch_size: int = Field(64, ge=2, le=1024, description="Images in a batch.")
     lr: float = Field(4e-3, gt=0, le=1, description="Highest learning rate of the one-cycle schedule.")
-    weight_decay: float = Field(0.05, ge=0, le=1, description="AdamW's decoupled weight decay.")
-    temperature: float = Field(2.0, gt=0, le=20, description="Softens the teacher's and student's logits.")
+    weight_decay: float = Field(0.3, ge=0, le=1, description="AdamW's decoupled weight decay.")
+    temperature: float = Field(4.0, gt=0, le=20, description="Softens the teacher's and student's logits.")
     kd_weight: float = Field(1.0, ge=0, le=10, description="Weight of the divergence from the teacher.")
     support_weight: float = Field(
-        0.2,
+        1.0,
         ge=0,
         le=10,
         description="Weight of the cross-entropy with the true labels of the labelled images.",
@@ -101,10 +108,10 @@ class DistillationParams(Params):
     shift: float = Field(0.125, ge=0, le=0.5, description="Random shifts, as a share of the image's side.")
     flip: bool = Field(True, description="Mirror half of the images. Switch off where left and right matter.")
     colour: float = Field(
-        0.0, ge=0, le=1, description="Strength of random brightness, contrast and saturation."
+        0.2, ge=0, le=1, description="Strength of random brightness, contrast and saturation."
     )
-    erase: float = Field(0.0, ge=0, le=1, description="Share of images with one random rectangle greyed out.")
-    mixup: float = Field(0.0, ge=0, le=4, description="MixUp's Beta parameter. 0: no MixUp.")
+    erase: float = Field(0.5, ge=0, le=1, description="Share of images with one random rectangle greyed out.")
+    mixup: float = Field(0.4, ge=0, le=4, description="MixUp's Beta parameter. 0: no MixUp.")
     cutmix: float = Field(0.0, ge=0, le=4, description="CutMix's Beta parameter. 0: no CutMix.")
     mix_share: float = Field(0.5, ge=0, le=1, description="Share of batches that MixUp or CutMix changes.")
     ema_decay: float = Field(

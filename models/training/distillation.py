@@ -44,14 +44,19 @@ class TrainingSet:
     def support(self) -> int:
         return int((self.labels >= 0).sum())
 
-    def pick(self, batch_size: int, support_share: float, random: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Image indices [B] and view rows [B]: a share of the batch from the support, the rest from all."""
+    def pick(
+        self, batch_size: int, support_share: float, views: int, random: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Image indices [B] and rows [B] of one of their first `views` views.
+
+        A share of the batch comes from the support, the rest from all images.
+        """
         count = round(batch_size * support_share) if self.support < len(self.labels) else 0
         labelled = torch.randint(self.support, (count,), generator=random)
         rest = torch.randint(len(self.labels), (batch_size - count,), generator=random)
         chosen = torch.cat([labelled, rest])
         numbers = torch.rand(batch_size, generator=random, dtype=torch.float64)
-        return chosen, self.first[chosen] + (numbers * self.counts[chosen]).long()
+        return chosen, self.first[chosen] + (numbers * self.counts[chosen].clamp(max=views)).long()
 
 
 def training_set(
@@ -89,7 +94,7 @@ def train(
 
     def loss_at(step: int) -> Tensor:
         random = generator(seed, "batch", step)
-        chosen, rows = data.pick(params.batch_size, params.support_share, random)
+        chosen, rows = data.pick(params.batch_size, params.support_share, params.views, random)
         seen = transform(data.pixels[chosen.to(device)].float() / 255, data.views[rows], random)
         teacher = losses.softened(data.logits[rows.to(device)], params.temperature)
         truth = one_hot(data.labels[chosen], classes).to(device)

@@ -127,10 +127,17 @@ def test_a_loss_that_is_no_number_is_an_error_with_a_hint() -> None:
 
 def test_a_batch_holds_its_share_of_support_images_and_each_row_shows_its_image() -> None:
     data = a_training_set()
-    chosen, rows = data.pick(40, 0.5, generator(0))
+    chosen, rows = data.pick(40, 0.5, 3, generator(0))
     assert int((chosen[:20] < 6).sum()) == 20
     assert int((chosen[20:] >= 6).sum()) > 0
     assert torch.equal(rows // 3, chosen)  # three views of each image, in order
+    assert (rows % 3).unique().tolist() == [0, 1, 2]
+
+
+def test_the_student_is_shown_the_first_views_only() -> None:
+    chosen, rows = a_training_set().pick(40, 0.5, 2, generator(0))
+    assert torch.equal(rows // 3, chosen)
+    assert (rows % 3).unique().tolist() == [0, 1]
 
 
 def test_soft_labels_of_other_images_are_refused() -> None:
