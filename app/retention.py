@@ -11,15 +11,14 @@ from sqlalchemy.orm import Session
 
 from app.datasets.tables import Dataset
 from app.db import now
-from app.jobs.lifecycle import FINISHED
+from app.jobs.lifecycle import DONE, FINISHED
 from app.jobs.tables import IdempotencyKey, Job, Shard, StageOutput, Worker
+from app.storage import YOUNG_S
 from app.students.tables import Student
 from app.wiring import Wiring
 
 log = structlog.get_logger()
 
-#: A blob is written before the row that names it, so a young blob without a row may still get one.
-YOUNG_S = 24 * 3600.0
 _WORKER_MEMORY_S = 3600.0
 
 
@@ -35,11 +34,10 @@ def sweep(wiring: Wiring) -> int:
     candidates = list(wiring.blobs.older_than(YOUNG_S))
     with wiring.database.reading() as session:
         named = set(_named(session))
-    swept = [digest for digest in candidates if digest not in named]
-    for digest in swept:
-        wiring.blobs.delete(digest)
-    log.info("swept", blobs=len(swept))
-    return len(swept)
+    swept = sum(wiring.blobs.forget(digest, YOUNG_S) for digest in candidates if digest not in named)
+    wiring.blobs.tidy()
+    log.info("swept", blobs=swept)
+    return swept
 
 
 def _named(session: Session) -> Iterable[str]:
@@ -52,7 +50,8 @@ def _named(session: Session) -> Iterable[str]:
         yield from files.values()
     for files in session.scalars(sa.select(Student.files)):
         yield from files.values()
-    for checkpoint in session.scalars(sa.select(Shard.checkpoint).where(Shard.checkpoint.is_not(None))):
+    unfinished = sa.and_(Shard.checkpoint.is_not(None), Shard.status.not_in(DONE))
+    for checkpoint in session.scalars(sa.select(Shard.checkpoint).where(unfinished)):
         yield from _checkpoint_digests(checkpoint)
 
 

@@ -132,7 +132,7 @@ def _record(
             split,
             blob,
         ) in blobs.items():  # another upload of the same images may have failed and taken them away
-            if not wiring.blobs.exists(blob):
+            if not wiring.blobs.keep(blob):
                 wiring.blobs.put(verified.splits[split].path)
         if existing is not None:
             return existing, False

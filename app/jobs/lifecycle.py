@@ -260,10 +260,17 @@ def retry(session: Session, job: Job) -> list[Ready]:
     move(session, job, "queued")
     job.error, job.cancel_requested, job.finished_at, job.deadline_at = None, False, None, None
     job.attempt += 1
-    ended = Shard.status.in_(("failed", "cancelled"))
+    kept = sa.update(StageOutput).where(
+        StageOutput.tenant == job.tenant,
+        StageOutput.key.in_(sa.select(Shard.key).where(Shard.job_id == job.id)),
+    )
+    made = list(session.scalars(kept.values(used_at=now()).returning(StageOutput.key)))
+    forgotten = Shard.key.not_in(made)  # by retention, since then
+    lacking = Shard.status.in_(("failed", "cancelled")) | forgotten
     reset = {"status": "waiting", "attempt": 0, "lease_until": None}
-    session.execute(sa.update(Shard).where(Shard.job_id == job.id, ended).values(reset))
-    unfinished = JobStage.status.not_in(DONE)
+    session.execute(sa.update(Shard).where(Shard.job_id == job.id, lacking).values(reset))
+    begun = sa.select(Shard.stage_id).where(Shard.job_id == job.id, Shard.status == "waiting")
+    unfinished = JobStage.status.not_in(DONE) | JobStage.id.in_(begun)
     reset = {"status": "waiting", "finished_at": None}
     session.execute(sa.update(JobStage).where(JobStage.job_id == job.id, unfinished).values(reset))
     session.expire_all()

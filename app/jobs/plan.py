@@ -27,17 +27,15 @@ def stages(
 
 
 def reusable(session: Session, tenant: str, planned: tuple[PlannedStage, ...]) -> set[str]:
-    """Those shard keys whose output the tenant already has. They are marked as used now."""
-    keys = [key for stage in planned for key in stage.shard_keys]
-    mine = sa.and_(StageOutput.tenant == tenant, StageOutput.key.in_(keys))
-    return set(session.scalars(sa.select(StageOutput.key).where(mine)))
+    """Those shard keys whose output the tenant already has."""
+    return set(session.scalars(sa.select(StageOutput.key).where(_outputs(tenant, planned))))
 
 
 def write(session: Session, job: Job, planned: tuple[PlannedStage, ...]) -> None:
     """Write the job's stage and shard rows; what exists already is marked reused."""
-    existing = reusable(session, job.tenant, planned)
-    used = sa.and_(StageOutput.tenant == job.tenant, StageOutput.key.in_(existing))
-    session.execute(sa.update(StageOutput).where(used).values(used_at=now()))
+    # Found by marking them as used, so that retention cannot take one away in between.
+    used = sa.update(StageOutput).where(_outputs(job.tenant, planned)).values(used_at=now())
+    existing = set(session.scalars(used.returning(StageOutput.key)))
     made = {entry.stage.output for entry in planned}
     stages, shards = [], []
     for position, entry in enumerate(planned):
@@ -63,6 +61,11 @@ def write(session: Session, job: Job, planned: tuple[PlannedStage, ...]) -> None
             events.append(session, job, "stage.reused", stage=entry.stage.name)
     session.execute(sa.insert(JobStage), stages)
     session.execute(sa.insert(Shard), shards)
+
+
+def _outputs(tenant: str, planned: tuple[PlannedStage, ...]) -> sa.ColumnElement[bool]:
+    keys = [key for stage in planned for key in stage.shard_keys]
+    return sa.and_(StageOutput.tenant == tenant, StageOutput.key.in_(keys))
 
 
 def shape_of(classes: int, smallest_class: int, splits: Mapping[str, Mapping[str, Any]]) -> JobShape:

@@ -409,7 +409,7 @@ def _sources(
 def _store(wiring: Wiring, name: str, value: Any) -> dict[str, str]:
     """A small JSON document as a blob, as the files of a source."""
     known = digest(value)
-    if not wiring.blobs.exists(known):
+    if not wiring.blobs.keep(known):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / name
             path.write_bytes(canonical(value))
