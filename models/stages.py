@@ -91,7 +91,7 @@ class DistillationParams(Params):
     temperature: float = Field(4.0, gt=0, le=20, description="Softens the teacher's and student's logits.")
     kd_weight: float = Field(1.0, ge=0, le=10, description="Weight of the divergence from the teacher.")
     support_weight: float = Field(
-        1.0,
+        0.3,
         ge=0,
         le=10,
         description="Weight of the cross-entropy with the true labels of the labelled images.",
@@ -110,9 +110,9 @@ class DistillationParams(Params):
     colour: float = Field(
         0.2, ge=0, le=1, description="Strength of random brightness, contrast and saturation."
     )
-    erase: float = Field(0.5, ge=0, le=1, description="Share of images with one random rectangle greyed out.")
+    erase: float = Field(0.0, ge=0, le=1, description="Share of images with one random rectangle greyed out.")
     mixup: float = Field(0.4, ge=0, le=4, description="MixUp's Beta parameter. 0: no MixUp.")
-    cutmix: float = Field(0.0, ge=0, le=4, description="CutMix's Beta parameter. 0: no CutMix.")
+    cutmix: float = Field(1.0, ge=0, le=4, description="CutMix's Beta parameter. 0: no CutMix.")
     mix_share: float = Field(0.5, ge=0, le=1, description="Share of batches that MixUp or CutMix changes.")
     ema_decay: float = Field(
         0.995,
