@@ -1,6 +1,6 @@
 """kd on CIFAR-10, 10-way 10-shot, Conv4-64 at 32 px, tested on all test images.
 
-    python -m benchmarks.kd_cifar10 [--data FOLDER] [--quick] [--through-api URL --key KEY]
+    python -m benchmarks.kd_cifar10 [--data FOLDER] [--quick] [--through-api URL]
 
 Two arms on the same draws of the supports: the 100 real images alone, and with 4,000 unlabelled images. Each has
 a student and a teacher: a frozen network with a head that is fitted to what the arm has. `--through-api` makes
@@ -14,6 +14,7 @@ import argparse
 import io
 import math
 import multiprocessing
+import os
 import statistics
 import tarfile
 from collections.abc import Mapping, Sequence
@@ -254,10 +255,10 @@ def main() -> None:
     parser.add_argument(
         "--through-api", metavar="URL", help="also distil draw 0 through the gateway at this address"
     )
-    parser.add_argument("--key", help="API key for --through-api")
     args = parser.parse_args()
-    if args.through_api and not args.key:
-        parser.error("--through-api needs --key")
+    key = os.environ.get("DRAM_API_KEY", "")  # no argument: the command line is written into the result
+    if args.through_api and not key:
+        parser.error("--through-api needs the service's key in DRAM_API_KEY")
     if not (args.data / "cifar10.tar.xz").is_file():
         print(f"skipped: {args.data} has no cifar10.tar.xz; name its folder with --data")
         return
@@ -270,7 +271,7 @@ def main() -> None:
     splits = [draw(files, seed, unlabelled, tested, folder) for seed in seeds]
     rows = measure_all(splits, params, args)
     if args.through_api:
-        accuracy = accuracy_through_api(args.through_api, args.key, splits[0], params, seeds[0], args.work)
+        accuracy = accuracy_through_api(args.through_api, key, splits[0], params, seeds[0], args.work)
         rows.append(row("student", BY_API, seeds[0], accuracy))
     means, checks = summary(rows, tested)
     record.write(NAME, rows=[*rows, *means], checks=checks, seeds=seeds, quick=args.quick)
