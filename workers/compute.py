@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from app import storage
+from app import locks, storage
 from app.settings import Settings
 from app.storage import BlobStore
 from models import runtime
@@ -26,6 +26,7 @@ from models.methods import METHODS
 from models.pipeline import JobShape, StageContext, inputs_of
 
 _REPORT_PAUSE_S = 0.2
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 def main() -> None:
@@ -33,9 +34,27 @@ def main() -> None:
     out = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)  # what libraries print must not mix with the messages
     blobs = storage.connect(settings.storage, settings.storage_options)
-    _sweep(settings.home / "work")
+    work = own_folder(settings.home / "work")
     for line in sys.stdin.buffer:
-        run(json.loads(line), settings, blobs, Voice(out))
+        run(json.loads(line), settings, blobs, Voice(out), work)
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def own_folder(root: Path) -> Path:
+    """A folder for this process, locked while it lives. Removes those that dead processes left.
+
+    Not by process ids: the workers of several containers may share `root`, and count theirs from one.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    with locks.holding(root):  # nobody takes a folder for dead that is not locked yet
+        for folder in root.iterdir():
+            if (handle := locks.take(folder)) is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+                os.close(handle)
+        folder = Path(tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=root))
+        if locks.take(folder) is None:  # held until this process ends
+            raise OSError(f"somebody else has locked the new folder {folder}")
+    return folder
 
 
 class Voice:
@@ -54,12 +73,11 @@ class Voice:
             self.say("moved", step=step, total=total, metrics=metrics)
 
 
-def run(claim: Mapping[str, Any], settings: Settings, blobs: BlobStore, voice: Voice) -> None:
-    """Compute one shard and say how it ended."""
-    home = settings.home / "work" / str(os.getpid())
-    home.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f"{claim['shard_id']}-", dir=home))
+def run(claim: Mapping[str, Any], settings: Settings, blobs: BlobStore, voice: Voice, work: Path) -> None:
+    """Compute one shard in a folder below `work`, and say how it ended."""
+    folder = work / claim["shard_id"]
     try:
+        folder.mkdir()
         output = _computed(claim, settings, blobs, voice, folder)
         files = _stored(blobs, output)
         size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
@@ -72,6 +90,7 @@ def run(claim: Mapping[str, Any], settings: Settings, blobs: BlobStore, voice: V
             "failed", code="out_of_memory", detail="The stage ran out of memory.", hint=hint, retryable=False
         )
     except Exception as error:
+        print(f"job {claim['job_id']}, stage {claim['stage']}:", file=sys.stderr)
         traceback.print_exc()
         voice.say("failed", **_unforeseen(error))
     finally:
@@ -135,7 +154,9 @@ class BlobCheckpoints:
     def save(self, step: int, write: Callable[[Path], None]) -> None:
         folder = Path(tempfile.mkdtemp(prefix="saving-", dir=self._folder.parent))
         write(folder)
-        self._voice.say("kept", step=step, files=_stored(self._blobs, folder))
+        files = _stored(self._blobs, folder)
+        self._voice.say("kept", step=step, files=files)
+        self._newest = {"step": step, "files": files, "previous": self._newest}
         shutil.rmtree(folder)
         self._saved = time.monotonic()
 
@@ -157,13 +178,6 @@ def _stored(blobs: BlobStore, folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): blobs.put(path) for path in paths}
 
 
-def _sweep(work: Path) -> None:
-    """Remove what compute processes of this machine left behind when they were killed."""
-    for folder in work.glob("[0-9]*"):
-        if not Path(f"/proc/{folder.name}").exists():
-            shutil.rmtree(folder, ignore_errors=True)
-
-
 def _facts(output: Path) -> dict[str, Any] | None:
     """What the student's row shows, from the report in the bundle."""
     path = output / "report.json"
@@ -174,7 +188,8 @@ def _facts(output: Path) -> dict[str, Any] | None:
 
 
 def _unforeseen(error: Exception) -> dict[str, Any]:
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+    # Libraries that write files by themselves wrap the system's error, and keep its words.
+    if (isinstance(error, OSError) and error.errno in _NO_ROOM) or os.strerror(errno.ENOSPC) in str(error):
         detail = "The worker's disk or the blob store is full."
         return {
             "code": "disk_full",

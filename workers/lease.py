@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import Literal, TypeVar
@@ -29,13 +30,14 @@ class Lease:
         self._database = wiring.database
         self._settings = wiring.settings
         self._step, self._total = 0, 0
-        self._points: list[tuple[int, str, float]] = []
+        self._points: dict[tuple[int, str], float] = {}
         self._renewed = self._tried = time.monotonic()
 
     def progress(self, step: int, total: int, metrics: dict[str, float]) -> None:
-        """Note progress; the next renewal writes it."""
+        """Note progress; the next renewal writes it. A point is a finite number, and there is one of a name and step:
+        a database may refuse anything else, and the lease would be lost with it."""
         self._step, self._total = step, total
-        self._points += [(step, name, value) for name, value in metrics.items()]
+        self._points |= {(step, name): value for name, value in metrics.items() if math.isfinite(value)}
 
     def keep(self) -> Verdict:
         """Renew when due."""
@@ -46,7 +48,7 @@ class Lease:
     def renew(self) -> Verdict:
         """Renew now, and write the progress noted since."""
         self._tried = time.monotonic()
-        points, self._points = self._points, []
+        points = [(step, name, value) for (step, name), value in self._points.items()]
         try:
             with self._database.writing() as session:
                 verdict = lifecycle.renew(
@@ -55,10 +57,10 @@ class Lease:
         except LeaseLost:
             return "lost"
         except sa.exc.DBAPIError as error:
-            self._points = points + self._points
             log.warning("renewal_failed", shard=self.claim.shard_id, error=str(error.orig))
             return "lost" if time.monotonic() - self._renewed > self._settings.lease_ttl_s else "go on"
         self._renewed = time.monotonic()
+        self._points = {}
         return verdict
 
     def finish(self, write: Callable[[Session], Result]) -> Result:

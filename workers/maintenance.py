@@ -82,9 +82,9 @@ def _unheard(wiring: Wiring) -> list[Ready]:
         patience = pause * sa.func.pow(2, sa.case((Shard.rings > 5, 5), else_=Shard.rings))
         silent = Shard.rung_at.is_(None) | (Shard.rung_at + patience < now())
         unheard = sa.and_(Shard.status == "ready", Shard.ready_at <= now(), silent)
-        shards = list(
-            session.scalars(sa.select(Shard).where(unheard).order_by(Shard.ready_at).limit(_MOST_RINGS))
-        )
+        select = sa.select(Shard).where(unheard).order_by(Shard.ready_at).limit(_MOST_RINGS)
+        # What somebody is changing just now is not waited for: neither they nor this loop can end in a deadlock.
+        shards = list(session.scalars(select.with_for_update(skip_locked=True)))
         for shard in shards:
             shard.rings += 1
             shard.rung_at = now()

@@ -20,6 +20,8 @@ from app.jobs.lifecycle import Claim
 from app.processes import dying_with
 from app.settings import Settings
 
+CHILD = (sys.executable, "-m", "workers.compute")
+
 
 @dataclass(frozen=True)
 class Moved:
@@ -84,7 +86,7 @@ class ComputeProcess:
         if self._process is None or self._process.poll() is not None:
             self.kill()
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "workers.compute", self._settings.model_dump_json()],
+                [*CHILD, self._settings.model_dump_json()],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 start_new_session=True,

@@ -94,6 +94,9 @@ def work(wiring: Wiring, compute: ComputeProcess, claim: Claim) -> list[Ready]:
         compute.kill()
         lease.finish(partial(lifecycle.release, held=claim))
         log.info("released")
+    except BaseException:
+        compute.kill()  # what it still says must not be taken for an answer to the next claim
+        raise
     return []
 
 

@@ -51,8 +51,11 @@ class Watchdog(threading.Thread):
                 log.warning("watchdog_failed", error=str(error.orig))
                 self._idle_since = time.monotonic()
             self._stopped.wait(_PAUSE_S)
-        with database.writing() as session:
-            session.execute(sa.delete(Worker).where(Worker.id == self.worker_id))
+        try:
+            with database.writing() as session:
+                session.execute(sa.delete(Worker).where(Worker.id == self.worker_id))
+        except sa.exc.DBAPIError as error:  # the row grows old by itself
+            log.warning("watchdog_failed", error=str(error.orig))
         database.close()
 
     def stop(self) -> None:
@@ -64,14 +67,16 @@ class Watchdog(threading.Thread):
         with database.writing() as session:
             row = {"id": self.worker_id, "queues": self._queues, "device": self._settings.device,
                    "started_at": now(), "seen_at": now()}  # fmt: skip
-            upsert(session, Worker, [row], update=("seen_at",))
+            upsert(session, Worker, [row], update=("queues", "device", "seen_at"))
             busy = session.scalar(self._held_here())
             waiting = session.scalar(self._waiting())
         if busy or not waiting:
             self._idle_since = time.monotonic()
         elif time.monotonic() - self._idle_since > self._settings.idle_restart_s:
             log.error("worker_takes_no_work", waiting=waiting, idle_s=time.monotonic() - self._idle_since)
-            threading.Timer(_MERCY_S, os._exit, (70,)).start()
+            end = threading.Timer(_MERCY_S, os._exit, (70,))
+            end.daemon = True  # a process that ends by itself need not wait for it
+            end.start()
             os.kill(os.getpid(), signal.SIGTERM)
             self._stopped.set()
 
@@ -90,7 +95,9 @@ class Watchdog(threading.Thread):
             session.execute(sa.update(Worker).where(Worker.id == self.worker_id).values(teachers=states))
 
     def _held_here(self) -> sa.Select[int]:
-        mine = sa.and_(Shard.status == "running", Shard.worker.startswith(self.worker_id + "/"))
+        mine = sa.and_(
+            Shard.status == "running", Shard.worker.startswith(self.worker_id + "/", autoescape=True)
+        )
         return sa.select(sa.func.count()).where(mine)
 
     def _waiting(self) -> sa.Select[int]:
