@@ -13,7 +13,7 @@ from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 from pydantic import BaseModel, ConfigDict
 
@@ -138,7 +138,11 @@ class Method:
 
     def __post_init__(self) -> None:
         made = set(SOURCES)
+        names: set[str] = set()
         for stage in self.stages:
+            if stage.name in names:
+                raise ValueError(f"method '{self.name}' has two stages named '{stage.name}'")
+            names.add(stage.name)
             for name in (*stage.inputs, *stage.optional):
                 if name not in made:
                     raise ValueError(
@@ -157,8 +161,11 @@ class Method:
     def resolve(self, preset: str, overrides: Mapping[str, Any]) -> Params:
         """The parameters of a job: defaults, then the preset, then what the caller gave.
 
-        Raises `pydantic.ValidationError` for unknown names and values out of range.
+        Raises `pydantic.ValidationError` for unknown names and values out of range, ValueError for an unknown preset.
         """
+        known = {*get_args(Preset), *self.presets}
+        if preset not in known:
+            raise ValueError(f"there is no preset '{preset}'; there are: {', '.join(sorted(known))}")
         return self.params.model_validate(_merged(self.presets.get(preset, {}), overrides))
 
     def stage(self, name: str) -> Stage:
