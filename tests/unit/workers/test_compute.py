@@ -318,8 +318,9 @@ def test_folders_of_dead_processes_go_and_those_of_living_ones_stay(tmp_path: Pa
         folder = Path(other.stdout.readline().decode().strip())
         (folder / "shd_1").mkdir()
         mine = compute.own_folder(tmp_path)
-        assert folder.exists()
+        kept = folder.exists()
         other.send_signal(signal.SIGKILL)
+    assert kept
     third = compute.own_folder(tmp_path)
     assert set(tmp_path.iterdir()) == {mine, third}
 
