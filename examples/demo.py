@@ -3,8 +3,8 @@
     python examples/demo.py [FOLDER]        (what `make demo` runs)
 
 FOLDER holds one folder of images for each class, `test/` with the same for measuring, perhaps `unlabelled/`.
-At the end the student classifies the images in examples/unseen. Everything is real: gateway, Redis, Celery worker, database; they
-live in a temporary folder and are gone afterwards.
+At the end the student classifies the images in examples/unseen. Everything is real: gateway, Redis, Celery worker,
+database; they live in a temporary folder and are gone afterwards.
 """
 
 from __future__ import annotations
