@@ -242,6 +242,8 @@ def download(
     home: HomeFolder = HERE,
 ) -> None:
     """Fetch a student."""
+    if out is not None:
+        _check_target(out)
     with service(url, key, Home(home)) as dram:
         student = _student(dram, source)
         console.out.print(str(_fetch(dram, student, out or Path(f"{student}.zip"), precision)))
@@ -288,6 +290,7 @@ def distill(
 ) -> None:
     """From images to a student in one step; starts a service for the time if none runs."""
     params = _params(param)
+    _check_target(out)
     if not folder.exists():
         raise FileNotFoundError(f"there is no folder or zip '{folder}'")
     with any_service(url, key, Home(home)) as dram:
@@ -334,6 +337,14 @@ def _student(dram: Dram, source: str) -> str:
             )
         raise typer.Exit(1)
     return job.student_id
+
+
+def _check_target(out: Path) -> None:
+    """Before hours of work, not after."""
+    if out.suffix not in (".onnx", ".zip"):
+        raise typer.BadParameter(
+            f"'{out}' should end in .onnx (the network alone) or .zip (the whole bundle)"
+        )
 
 
 def _fetch(dram: Dram, student_id: str, target: Path, precision: str) -> Path:

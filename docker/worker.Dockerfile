@@ -39,6 +39,6 @@ VOLUME /data
 # Warm stop: the running shard is given back, and another worker goes on from its last checkpoint.
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=60s --timeout=30s --start-period=60s --retries=3 \
-    CMD ["celery", "-A", "workers.celery_app", "inspect", "ping", "--timeout", "20"]
+    CMD celery -A workers.celery_app inspect ping --timeout 20 --destination "celery@$(hostname)"
 CMD ["celery", "-A", "workers.celery_app", "worker", "-P", "prefork", "-c", "1", "-Q", "gpu", \
      "--without-gossip", "--without-mingle", "--loglevel", "INFO"]

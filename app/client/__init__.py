@@ -4,9 +4,7 @@
 
     with Dram("http://127.0.0.1:8700", key="dram_…") as dram:
         dataset = dram.datasets.create("photos/")
-        job = dram.jobs.create(
-            dataset_id=dataset.id, teacher_id="efficientnet-lite0", method="kd", student="conv4-64"
-        )
+        job = dram.jobs.create(dataset_id=dataset.id, teacher_id="efficientnet_lite0", student="conv4")
         job = dram.jobs.wait(job.id)
         dram.students.download(job.student_id, "student.onnx")
 

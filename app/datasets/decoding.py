@@ -89,6 +89,10 @@ class ImageRejected(Exception):
         self.detail = detail
 
 
+class _Killed(ImageRejected):
+    """The child was killed, and not for taking too long."""
+
+
 class Decoder:
     """One child process at a time; not for several threads at once.
 
@@ -121,7 +125,17 @@ class Decoder:
         self._stop()
 
     def clean(self, content: bytes) -> CleanImage:
-        """Raises `ImageRejected`."""
+        """Raises `ImageRejected`.
+
+        A child that was killed from outside is no fault of the image, which gets a second one: the child dies with
+        the thread that started it, and that may end while the child is at work.
+        """
+        try:
+            return self._clean(content)
+        except _Killed:
+            return self._clean(content)
+
+    def _clean(self, content: bytes) -> CleanImage:
         ended = self._child is not None and self._child.poll() is not None  # with the thread that started it
         if self._child is None or ended or self._fed >= IMAGES_PER_CHILD:
             self._start()
@@ -149,7 +163,8 @@ class Decoder:
                 "image_corrupt",
                 f"decoding it took longer than {self._timeout_s:g} s. Export it again, smaller.",
             )
-        return ImageRejected("image_corrupt", "it made the decoder crash. Export it again from the original.")
+        lost = _Killed if code == -signal.SIGKILL else ImageRejected
+        return lost("image_corrupt", "it made the decoder crash. Export it again from the original.")
 
     def _start(self) -> None:
         """Not on the first image's time."""

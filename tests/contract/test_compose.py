@@ -66,6 +66,14 @@ def test_nothing_of_ours_runs_as_root_and_everything_that_stays_is_checked(servi
     assert [name for name in lasting if "healthcheck" not in services[name]] == []
 
 
+def test_a_worker_is_not_healthy_because_another_one_answers(services: dict[str, Any]) -> None:
+    checks = [" ".join(services[name]["healthcheck"]["test"]) for name in OURS if name.startswith("worker")]
+    checks.append((ROOT / "docker" / "worker.Dockerfile").read_text())
+    assert [
+        check for check in checks if not re.search(r"ping .*--destination .?celery@\$+\(hostname\)", check)
+    ] == []
+
+
 def test_everything_waits_for_the_migration(services: dict[str, Any]) -> None:
     for name in OURS - {"migrate"}:
         assert services[name]["depends_on"]["migrate"]["condition"] == "service_completed_successfully", name

@@ -228,3 +228,12 @@ def test_the_key_of_a_home_goes_to_this_machine_only(script: Script, tmp_path: P
     assert dram("jobs", "--url", "http://dram.example", "--home", home.folder, **proxied).returncode == 0
     assert "Authorization" not in script.asked[1].headers
     assert home.key_file.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("command", [("distill", "."), ("download", "stu_1")])
+def test_a_target_of_an_unknown_kind_is_refused_before_any_work(
+    command: tuple[str, ...], script: Script
+) -> None:
+    ran = dram(*command, "--out", "student.pdf", "--url", script.url, "--key", "dram_k")
+    assert ran.returncode == 2
+    assert "should end in .onnx" in " ".join(ran.stderr.split())

@@ -52,11 +52,11 @@ def test_an_upload_is_not_repeated_when_the_connection_is_lost(
 
 def test_a_job_order_is_repeated_under_one_idempotency_key(dram: Dram, script: Script) -> None:
     script.answers = [None, job("queued")]
-    dram.jobs.create(dataset_id="ds_1", teacher_id="t", method="kd", student="conv4", seed=3)
+    dram.jobs.create(dataset_id="ds_1", teacher_id="t", student="conv4", seed=3)
     first, second = script.asked
     assert first.headers["Idempotency-Key"] == second.headers["Idempotency-Key"] != ""
     assert json.loads(second.body) == {
-        "dataset_id": "ds_1", "teacher_id": "t", "method": "kd", "student": "conv4", "seed": 3,
+        "dataset_id": "ds_1", "teacher_id": "t", "student": "conv4", "seed": 3,
     }  # fmt: skip
 
 

@@ -136,6 +136,25 @@ def test_formats_are_told_by_content() -> None:
     assert decoding.kind(b"") == ""
 
 
+def test_a_child_that_is_killed_at_work_costs_no_image(
+    decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when the thread that started it ends just then."""
+    decoder.clean(picture())
+    first = decoder._child
+    assert first is not None
+    feed = decoding._pipes
+
+    def killed(child: subprocess.Popen[bytes] | None) -> object:
+        if child is first and child.poll() is None:
+            os.kill(child.pid, signal.SIGKILL)
+        return feed(child)
+
+    monkeypatch.setattr(decoding, "_pipes", killed)
+    assert decoder.clean(picture()).width == 50
+    assert decoder._child is not first
+
+
 def test_a_child_that_ended_with_the_thread_that_started_it_is_replaced(decoder: Decoder) -> None:
     """A server's pool of threads shrinks when less is asked of it."""
     with ThreadPoolExecutor(1) as pool:
