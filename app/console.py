@@ -103,7 +103,8 @@ def report(found: dict[str, Any]) -> None:
     ratio = found["compression"]
     out.print(
         Text(
-            f"{ratio['bytes']:.0f} times smaller, {latency['speedup']['value']:.1f} times faster "
+            f"{_times(ratio['bytes'], 'smaller', 'larger')}, "
+            f"{_times(latency['speedup']['value'], 'faster', 'slower')} "
             f"({latency['runtime']}, {latency['threads']} thread); "
             f"agreement with the teacher {_interval(found['agreement'])}"
         )
@@ -168,6 +169,11 @@ def _lines(events: Iterator[JobEvent]) -> None:
         elif _percent(event) >= shown + _LINE_EVERY_PERCENT:
             shown = _percent(event)
             note(f"{shown:.0f} % ({_stage(event)} {event.data.get('percent', 0):.0f} %)")
+
+
+def _times(ratio: float, good: str, bad: str) -> str:
+    factor, word = (ratio, good) if ratio >= 1 else (1 / ratio, bad)
+    return f"{factor:.0f} times {word}" if factor >= 10 else f"{factor:.1f} times {word}"
 
 
 def _interval(share: dict[str, Any]) -> str:

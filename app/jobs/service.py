@@ -191,7 +191,8 @@ def cancel(wiring: Wiring, principal: Principal, job_id: str) -> JobView:
         job = lifecycle.lock(session, job_id)
         if job.status in lifecycle.FINISHED:
             raise Conflict(
-                f"Job {job_id} has already {job.status}; it can no longer be cancelled.", code="job_finished"
+                f"Job {job_id} has ended already ({job.status}); there is nothing to cancel.",
+                code="job_finished",
             )
         if job.status != "cancelling":
             lifecycle.request_cancel(session, job)

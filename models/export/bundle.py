@@ -34,7 +34,18 @@ FILE_NAME = "bundle.zip"
 SCHEMA_VERSION = 1
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 #: Libraries whose version may change the student or its scores.
-_LIBRARIES = ("torch", "timm", "onnx", "onnxscript", "onnxruntime", "numpy", "scipy", "pillow", "safetensors")
+_LIBRARIES = (
+    "dram",
+    "torch",
+    "timm",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "numpy",
+    "scipy",
+    "pillow",
+    "safetensors",
+)
 
 
 def run(context: StageContext, params: None) -> None:

@@ -5,6 +5,7 @@ The sections follow Mitchell et al., "Model Cards for Model Reporting", arXiv:18
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,16 +47,27 @@ def size(count: int) -> str:
     return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.0f} kB"
 
 
+def times(ratio: float, less: str, more: str) -> str:
+    """A ratio for people: `29 times smaller`, `1.4 times larger`."""
+    factor, word = (ratio, less) if ratio >= 1 else (1 / ratio, more)
+    return f"{factor:.0f} times {word}" if factor >= 10 else f"{factor:.1f} times {word}"
+
+
+def plain(name: str) -> str:
+    """A name that users chose, as text that Markdown shows as it is."""
+    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", name)
+
+
 def _summary(report: Report, teacher: TeacherSpec) -> str:
     student, compression = report["student"], report["compression"]
     return (
         f"A small image classifier distilled from **{teacher.title}** with a few labelled images.\n\n"
-        f"- {student['parameters']:,} parameters, {size(student['bytes'])}: {compression['parameters']:.0f} times"
-        f" fewer parameters than the teacher, a file {compression['bytes']:.0f} times smaller\n"
+        f"- {student['parameters']:,} parameters, {times(compression['parameters'], 'fewer', 'more')} than the"
+        f" teacher; {size(student['bytes'])}, {times(compression['bytes'], 'smaller', 'larger')}\n"
         f"- accuracy {percent(student['accuracy'])}\n"
         f"- one image in {report['latency']['student']['median_ms']:.2f} ms, the teacher in"
         f" {report['latency']['teacher']['median_ms']:.2f} ms\n"
-        f"- classes: {', '.join(report['classes'])}\n"
+        f"- classes: {', '.join(plain(name) for name in report['classes'])}\n"
     )
 
 
@@ -108,7 +120,7 @@ def _quality(report: Report) -> str:
         "| class | images | found | answers naming it that are right |",
         "|---|---|---|---|",
         *(
-            f"| {row['label']} | {row['images']} | {_share(row['recall'])} | {_share(row['precision'])} |"
+            f"| {plain(row['label'])} | {row['images']} | {_share(row['recall'])} | {_share(row['precision'])} |"
             for row in report["per_class"]
         ),
         "",

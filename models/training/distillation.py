@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -139,15 +140,23 @@ def distill(context: StageContext, params: DistillationParams) -> None:
     data = training_set(pixels, labels, labelling.load(context.folder("soft_labels")), device)
     network = new_student(name, len(classes), size, context.seed, device)
     trained, history = train(network, data, params, context.seed, context.report, context.checkpoints)
-    save_student(context.output, trained, name, size, classes)
+    save_student(context.output, trained, name, size, classes, {**params.model_dump(), "seed": context.seed})
     (context.output / "history.json").write_text(json.dumps(history))
 
 
-def save_student(folder: Path, network: nn.Module, name: str, size: int, classes: tuple[str, ...]) -> None:
-    """Write a student so that `students.load` reads it."""
+def save_student(
+    folder: Path,
+    network: nn.Module,
+    name: str,
+    size: int,
+    classes: tuple[str, ...],
+    trained_with: Mapping[str, object],
+) -> None:
+    """Write a student so that `students.load` reads it. `trained_with`: for the manifest of its bundle."""
     weights = {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}
     save_file(weights, folder / "weights.safetensors")
     document = {"name": name, "input_size": size, "classes": classes, "mean": images.MEAN, "std": images.STD}
+    document["trained_with"] = dict(trained_with)
     (folder / "student.json").write_text(json.dumps(document, ensure_ascii=False, indent=1))
 
 

@@ -173,3 +173,14 @@ def test_sizes_are_written_for_people():
 def test_evaluation_takes_no_fewer_than_5_runs():
     with pytest.raises(ValueError, match="greater than or equal to 5"):
         EvaluationParams(latency_runs=1)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "words"), [(29.4, "29 times smaller"), (1.44, "1.4 times smaller"), (0.25, "4.0 times larger")]
+)
+def test_a_ratio_says_which_way_it_goes(ratio: float, words: str) -> None:
+    assert model_card.times(ratio, "smaller", "larger") == words
+
+
+def test_a_class_named_by_a_user_stays_text_in_the_card() -> None:
+    assert model_card.plain("a|b <i>[x](y)") == r"a\|b \<i\>\[x\](y)"

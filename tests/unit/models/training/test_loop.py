@@ -149,7 +149,7 @@ def test_soft_labels_of_other_images_are_refused() -> None:
 
 def test_a_saved_student_loads_and_answers_the_same(tmp_path: Path) -> None:
     network = distillation.new_student("conv4", 3, 32, 5, torch.device("cpu")).eval()
-    distillation.save_student(tmp_path, network, "conv4", 32, ("a", "b", "c"))
+    distillation.save_student(tmp_path, network, "conv4", 32, ("a", "b", "c"), {"steps": 7})
     loaded = students.load(tmp_path)
     images = torch.randn(2, 3, 32, 32, generator=generator(3))
     assert torch.allclose(loaded.network(images), network(images), atol=1e-6)
