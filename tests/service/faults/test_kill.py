@@ -55,6 +55,7 @@ def test_kill_of_redis_and_of_the_gateway_in_the_middle_of_a_job(stack: Stack) -
     assert {"ask", "label", "examine"} <= set(reused)
 
 
+@pytest.mark.slow
 def test_a_redis_that_forgot_everything_costs_nothing(stack: Stack) -> None:
     dataset = stack.upload()
     jobs = [stack.submit(dataset, seed=seed)["id"] for seed in range(2)]
@@ -95,6 +96,7 @@ def test_kill_of_the_compute_process_alone_is_one_more_attempt(stack: Stack) -> 
     stack.check_history(job_id)
 
 
+@pytest.mark.slow
 def test_a_worker_that_slept_through_its_lease_changes_nothing_when_it_wakes(stack: Stack) -> None:
     job_id = stack.submit(stack.upload())["id"]
     stack.wait_for_step(job_id, 100)
@@ -147,6 +149,7 @@ def test_cancel_in_the_middle_of_distillation_ends_the_computation(stack: Stack)
     assert stack.finished(job_id)["status"] == "succeeded"
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_used(stack: Stack) -> None:
     job_id = stack.submit(stack.upload())["id"]
     stack.wait_for_step(job_id, 200)
