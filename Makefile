@@ -27,8 +27,8 @@ demo: $(STAMP)  ## From real images to a student that classifies, through the wh
 up: $(STAMP)  ## Start the service on this machine, until Ctrl-C
 	$(BIN)/dram up
 
-test: $(STAMP)  ## Run the tests, but for the slow ones
-	$(BIN)/python -m pytest -m "not slow"
+test: $(STAMP)  ## Run the tests, but for the slow ones; two files at a time, one thread each
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 test-slow: $(STAMP)  ## Run the slow tests only
 	$(BIN)/python -m pytest -m slow --timeout 1800
