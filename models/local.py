@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from models.data import archive, fewshot
 from models.methods import METHODS
@@ -116,15 +115,9 @@ def run(
 def source_digests(splits: Mapping[str, Path], teacher: TeacherSpec, student: str) -> dict[str, str]:
     """The content digests of a job's sources: of the packed images, the teacher's spec, the student's name."""
     digests = {name: _file_digest(path / archive.FILE_NAME) for name, path in splits.items()}
-    digests["teacher"] = digest(teacher_document(teacher))
+    digests["teacher"] = digest(teacher.model_dump(mode="json"))
     digests["student"] = digest({"name": student})
     return digests
-
-
-def teacher_document(teacher: TeacherSpec) -> dict[str, Any]:
-    """What `teacher.json` says; sets in a fixed order, so that equal teachers have equal digests."""
-    document = teacher.model_dump(mode="json")
-    return {**document, "offers": sorted(document["offers"])}
 
 
 @dataclass
@@ -168,7 +161,7 @@ def _ancestors(
 
 
 def _write_names(folder: Path, teacher: TeacherSpec, student: str) -> dict[str, Path]:
-    documents = {"teacher": teacher_document(teacher), "student": {"name": student}}
+    documents = {"teacher": teacher.model_dump(mode="json"), "student": {"name": student}}
     for name, document in documents.items():
         target = folder / digest(document) / name
         target.mkdir(parents=True, exist_ok=True)
