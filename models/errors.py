@@ -25,6 +25,37 @@ class TeacherError(ModelsError):
     code = "teacher_unusable"
 
 
+class BudgetSpent(TeacherError):
+    """The job may not ask its teacher any more."""
+
+    code = "query_budget_spent"
+
+
+class Unreachable(TeacherError):
+    """The teacher's endpoint gave no usable HTTP answer. `sent`: it may have worked on the question all the same."""
+
+    code = "teacher_unreachable"
+    retryable = True
+
+    def __init__(self, detail: str, hint: str = "", *, sent: bool = True) -> None:
+        super().__init__(detail, hint)
+        self.sent = sent
+
+
+class TryAgain(TeacherError):
+    """The teacher cannot answer now. `after`: seconds it asks for; `counted`: it may have worked all the same."""
+
+    code = "teacher_busy"
+    retryable = True
+
+    def __init__(
+        self, detail: str, hint: str = "", *, after: float | None = None, counted: bool = True
+    ) -> None:
+        super().__init__(detail, hint)
+        self.after = after
+        self.counted = counted
+
+
 class TrainingError(ModelsError):
     """Training did not work, for example the loss is no number."""
 

@@ -21,11 +21,14 @@ from models.pipeline import (
     PlannedStage,
     Report,
     StageContext,
+    TeacherAccess,
     digest,
     inputs_of,
 )
 from models.runtime import resolve_device
-from models.teachers import TEACHERS, TeacherSpec
+from models.teachers import TEACHERS, AnyTeacher
+from models.teachers.black_box import MODEL_FILE
+from models.teachers.ledger import MemoryLedger
 
 _CHECKPOINT_SECONDS = 60.0
 
@@ -50,7 +53,7 @@ class LocalRun:
 def run(
     method: Method | str,
     images: Path | Mapping[str, Path],
-    teacher: TeacherSpec | str,
+    teacher: AnyTeacher | str,
     student: str,
     out: Path,
     *,
@@ -60,9 +63,13 @@ def run(
     device: str = "auto",
     wanted: Sequence[str] | None = None,
     progress: Progress | None = None,
+    model: Path | None = None,
+    access: TeacherAccess | None = None,
 ) -> LocalRun:
     """Execute the stages of a method; what lies under `out` from an earlier run is not done again.
 
+    A teacher that is an ONNX file comes with the file as `model`; one behind HTTP with `access`, whose ledger
+    also counts the questions (None: a ledger without a budget, and no network).
     `images` is a folder of class folders (with optional `test/` and `unlabelled/`), or packed splits by name:
     `support`, `unlabelled`, `test`. `wanted` names the artefacts to make, with what they need; None: all.
     """
@@ -70,8 +77,9 @@ def run(
     teacher = TEACHERS[teacher] if isinstance(teacher, str) else teacher
     params = params or method.resolve(preset, {})
     splits = fewshot.pack_folder(images, out / "splits") if isinstance(images, Path) else dict(images)
-    sources = {**splits, **_write_names(out / "sources", teacher, student)}
-    shape = fewshot.shape_of(splits["support"], splits.get("unlabelled"), splits.get("test"))
+    sources = {**splits, **_write_names(out / "sources", teacher, student, model)}
+    shape = fewshot.shape_of(splits.get("support"), splits.get("unlabelled"), splits.get("test"))
+    access = access or TeacherAccess(MemoryLedger())
     planned = method.plan(shape, source_digests(splits, teacher, student), params, seed)
     folders: dict[str, tuple[Path, ...]] = {name: (path,) for name, path in sources.items()}
     made = {step.stage.output: step for step in planned}
@@ -102,6 +110,7 @@ def run(
                 checkpoints=FolderCheckpoints(out / "checkpoints" / key),
                 shard=shard,
                 shards=len(step.shard_keys),
+                access=access if step.stage.asks else None,
             )
             step.stage.run(context, method.stage_params(step.stage, step.params))
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -112,7 +121,7 @@ def run(
     return LocalRun(planned, folders, seconds)
 
 
-def source_digests(splits: Mapping[str, Path], teacher: TeacherSpec, student: str) -> dict[str, str]:
+def source_digests(splits: Mapping[str, Path], teacher: AnyTeacher, student: str) -> dict[str, str]:
     """The content digests of a job's sources: of the packed images, the teacher's spec, the student's name."""
     digests = {name: _file_digest(path / archive.FILE_NAME) for name, path in splits.items()}
     digests["teacher"] = digest(teacher.model_dump(mode="json"))
@@ -160,12 +169,14 @@ def _ancestors(
     return needed
 
 
-def _write_names(folder: Path, teacher: TeacherSpec, student: str) -> dict[str, Path]:
+def _write_names(folder: Path, teacher: AnyTeacher, student: str, model: Path | None) -> dict[str, Path]:
     documents = {"teacher": teacher.model_dump(mode="json"), "student": {"name": student}}
     for name, document in documents.items():
         target = folder / digest(document) / name
         target.mkdir(parents=True, exist_ok=True)
         (target / f"{name}.json").write_text(json.dumps(document, ensure_ascii=False))
+        if name == "teacher" and model is not None:
+            shutil.copyfile(model, target / MODEL_FILE)
     return {name: folder / digest(document) / name for name, document in documents.items()}
 
 

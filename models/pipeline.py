@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Container, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
 from pydantic import BaseModel, ConfigDict
 
-#: Artefacts that exist before the first stage. `unlabelled` and `test` are absent where the data set has none.
+#: Artefacts that exist before the first stage. `support` (the labelled images), `unlabelled` and `test` are absent
+#: where the data set has none.
 SOURCES = ("support", "unlabelled", "test", "teacher", "student")
 
 Queue = Literal["gpu", "cpu"]
@@ -69,6 +70,53 @@ class Checkpoints(Protocol):
         """Let `write` fill an empty folder, then keep it as the newest checkpoint."""
 
 
+class Ledger(Protocol):
+    """What a job may still ask its teacher, and what the teacher has answered already.
+
+    An image goes by the digest of its pixels, an answer as it was given: bytes of float32 [C], see
+    `models.teachers.ledger`. `teacher` is the key of the teacher's answers. Safe to call from several threads.
+    """
+
+    def known(self, teacher: str, images: Sequence[str]) -> dict[str, bytes]:
+        """The answers that exist, by image."""
+
+    def reserve(self, count: int) -> None:
+        """Count `count` questions before they are sent. Raises `BudgetSpent` if that is more than is left."""
+
+    def release(self, count: int) -> None:
+        """Take back a reservation that the teacher refused without an answer."""
+
+    def record(self, teacher: str, answers: Mapping[str, bytes]) -> None:
+        """Keep answers, by image, before anything else is done with them."""
+
+
+@dataclass(frozen=True)
+class Response:
+    """Status, headers (names in lower case) and body of an HTTP answer."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+class Transport(Protocol):
+    """How a stage reaches a teacher over HTTP. Redirects are not followed."""
+
+    def post(
+        self, url: str, body: bytes, headers: Mapping[str, str], *, timeout_s: float, max_bytes: int
+    ) -> Response:
+        """Raises `models.errors.Unreachable` where there is no whole answer of at most `max_bytes` in time."""
+
+
+@dataclass(frozen=True)
+class TeacherAccess:
+    """What a stage that asks the teacher may use. `headers` hold the user's secrets: never log or store them."""
+
+    ledger: Ledger
+    transport: Transport | None = None
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+
 @dataclass(frozen=True)
 class StageContext:
     """Everything a stage may touch. Paths are local folders; nobody else writes to them."""
@@ -82,6 +130,7 @@ class StageContext:
     checkpoints: Checkpoints
     shard: int = 0
     shards: int = 1
+    access: TeacherAccess | None = None  # of stages that ask the teacher
 
     def folder(self, name: str) -> Path:
         """The folder of an input made in one piece."""
@@ -94,8 +143,9 @@ class Stage:
     """One step of a method.
 
     `inputs` must exist; `optional` ones are given when the job has them. `shards` says into how many
-    independent pieces the work splits, `needed` whether this job has the stage at all. `version` goes into
-    the key: raise it when the stage's code changes what it computes.
+    independent pieces the work splits, `needed` whether this job has the stage at all; both are given the
+    job's shape and all of the method's parameters. `version` goes into the key: raise it when the stage's
+    code changes what it computes.
     """
 
     name: str
@@ -104,12 +154,17 @@ class Stage:
     inputs: tuple[str, ...]
     optional: tuple[str, ...] = ()
     params: str | None = None  # name of the group in the method's parameters that this stage reads
-    shards: Callable[[JobShape], int] = lambda shape: 1
-    needed: Callable[[JobShape], bool] = lambda shape: True
+    shards: Callable[[JobShape, Any], int] = lambda shape, params: 1
+    needed: Callable[[JobShape, Any], bool] = lambda shape, params: True
+    asks: bool = False  # it puts questions to the teacher: it is given `StageContext.access`
     queue: Queue = "gpu"
     seeded: bool = True  # False: the result does not depend on the job's seed
     weight: float = 1.0  # expected share of the job's time, for the progress bar
     version: int = 1
+
+    def given(self, *artefacts: str) -> Stage:
+        """This stage in a method that makes these artefacts, too: it gets them where the job has them."""
+        return replace(self, optional=(*self.optional, *artefacts))
 
 
 @dataclass(frozen=True)
@@ -135,6 +190,8 @@ class Method:
     presets: Mapping[str, Mapping[str, Any]] = field(
         default_factory=dict
     )  # preset -> nested parameter values
+    #: Most questions that a job puts to its teacher, from its shape and all parameters. None: it asks no black box.
+    queries: Callable[[JobShape, Any], int] | None = None
 
     def __post_init__(self) -> None:
         made = set(SOURCES)
@@ -168,6 +225,11 @@ class Method:
             raise ValueError(f"there is no preset '{preset}'; there are: {', '.join(sorted(known))}")
         return self.params.model_validate(_merged(self.presets.get(preset, {}), overrides))
 
+    def missing_sources(self, shape: JobShape, sources: Container[str], params: Params) -> set[str]:
+        """The sources that this method needs for such a job and that the job does not have."""
+        needed = [stage for stage in self.stages if stage.needed(shape, params)]
+        return {name for stage in needed for name in stage.inputs if name in SOURCES and name not in sources}
+
     def stage(self, name: str) -> Stage:
         return next(stage for stage in self.stages if stage.name == name)
 
@@ -190,14 +252,14 @@ class Method:
         keys = dict(sources)
         planned = []
         for stage in self.stages:
-            if not stage.needed(shape):
+            if not stage.needed(shape, params):
                 continue
             missing = [name for name in stage.inputs if name not in keys]
             if missing:
                 raise ValueError(f"method '{self.name}', stage '{stage.name}': no {', '.join(missing)}")
             group = getattr(params, stage.params).model_dump(mode="json") if stage.params else {}
             inputs = {name: keys[name] for name in (*stage.inputs, *stage.optional) if name in keys}
-            shards = max(1, stage.shards(shape))
+            shards = max(1, stage.shards(shape, params))
             key = digest(
                 {
                     "stage": stage.name,

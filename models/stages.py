@@ -13,7 +13,7 @@ An artefact is a folder; what lies in it:
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -195,7 +195,7 @@ def chunks(images: int) -> int:
     return -(-images // CHUNK)
 
 
-def folds(shape: JobShape) -> int:
+def folds(shape: JobShape, params: Any) -> int:
     """Every fold must leave each class an image to learn from and hold one of it back."""
     return max(2, min(FOLDS, shape.smallest_class))
 
@@ -207,7 +207,7 @@ ASK = Stage(
     inputs=("support", "teacher"),
     optional=("unlabelled",),
     params="teacher",
-    shards=lambda shape: chunks(shape.support + shape.unlabelled),
+    shards=lambda shape, params: chunks(shape.support + shape.unlabelled),
     seeded=False,
     weight=2.0,
 )
@@ -226,8 +226,8 @@ DISTILL = Stage(
     "distill",
     distill,
     output="trained_student",
-    inputs=("support", "student", "soft_labels"),
-    optional=("unlabelled",),
+    inputs=("student", "soft_labels"),
+    optional=("support", "unlabelled"),
     params="distillation",
     weight=10.0,
 )
@@ -239,7 +239,7 @@ CROSS_VALIDATE = Stage(
     optional=("unlabelled",),
     params="distillation",
     shards=folds,
-    needed=lambda shape: shape.test == 0,
+    needed=lambda shape, params: shape.test == 0,
     weight=40.0,
 )
 EXAMINE = Stage(
@@ -247,8 +247,8 @@ EXAMINE = Stage(
     examine,
     output="teacher_on_test",
     inputs=("test", "teacher", "soft_labels"),
-    shards=lambda shape: chunks(shape.test),
-    needed=lambda shape: shape.test > 0,
+    shards=lambda shape, params: chunks(shape.test),
+    needed=lambda shape, params: shape.test > 0,
     seeded=False,
     weight=0.5,
 )
@@ -265,8 +265,8 @@ EXPORT = Stage(
     "export",
     export,
     output="student_onnx",
-    inputs=("trained_student", "support", "teacher"),
-    optional=("unlabelled",),
+    inputs=("trained_student", "teacher"),
+    optional=("support", "unlabelled"),
     params="export",
     queue="cpu",
     seeded=False,
@@ -276,8 +276,8 @@ EVALUATE = Stage(
     "evaluate",
     evaluate,
     output="report",
-    inputs=("student_onnx", "trained_student", "teacher_onnx", "support", "teacher", "student"),
-    optional=("test", "teacher_on_test", "cross_validation"),
+    inputs=("student_onnx", "trained_student", "teacher", "student"),
+    optional=("support", "unlabelled", "test", "teacher_on_test"),
     params="evaluation",
     queue="cpu",
     seeded=False,
@@ -287,8 +287,8 @@ BUNDLE = Stage(
     "bundle",
     bundle,
     output="bundle",
-    inputs=("student_onnx", "report", "trained_student", "teacher", "support"),
-    optional=("test",),
+    inputs=("student_onnx", "report", "trained_student", "teacher"),
+    optional=("support", "unlabelled", "test"),
     queue="cpu",
     seeded=False,
     weight=0.1,

@@ -42,15 +42,15 @@ def read_labels(folder: Path) -> Labels:
     return torch.tensor([-1 if image.label is None else image.label for image in index.images]).long()
 
 
-def shape_of(support: Path, unlabelled: Path | None = None, test: Path | None = None) -> JobShape:
-    """The counts that a method plans with."""
-    labels = read_labels(support)
-    classes = len(archive.read_index(support / archive.FILE_NAME).classes)
+def shape_of(support: Path | None, unlabelled: Path | None = None, test: Path | None = None) -> JobShape:
+    """The counts that a method plans with. Without labelled images the classes are the teacher's: 0 here."""
+    labels = read_labels(support) if support else torch.empty(0, dtype=torch.long)
+    classes = len(archive.read_index(support / archive.FILE_NAME).classes) if support else 0
     counts = torch.bincount(labels, minlength=classes)
     return JobShape(
         classes=classes,
         support=len(labels),
-        smallest_class=int(counts.min()),
+        smallest_class=int(counts.min()) if support else 0,
         unlabelled=len(read_labels(unlabelled)) if unlabelled else 0,
         test=len(read_labels(test)) if test else 0,
     )

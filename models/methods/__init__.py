@@ -1,6 +1,6 @@
 """The methods by name. A new method is one file here and one word in this line."""
 
-from models.methods import kd
+from models.methods import fsbbt, kd
 from models.pipeline import registry
 
-METHODS = registry(kd.METHOD)
+METHODS = registry(kd.METHOD, fsbbt.METHOD)

@@ -38,7 +38,7 @@ METHOD = Method(
         stages.EXAMINE,
         stages.TEACHER_GRAPH,
         stages.EXPORT,
-        stages.EVALUATE,
+        stages.EVALUATE.given("teacher_onnx", "cross_validation"),
         stages.BUNDLE,
     ),
     presets={

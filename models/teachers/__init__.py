@@ -7,12 +7,13 @@ import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_serializer, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, field_serializer, model_validator
 
 from models.errors import TeacherError
 from models.pipeline import TeacherOutput
+from models.teachers.black_box import HttpTeacher, OnnxTeacher
 
 if TYPE_CHECKING:
     from models.teachers.protocol import Teacher
@@ -183,9 +184,22 @@ def load(spec: TeacherSpec, device: str = "cpu", input_size: int | None = None) 
     return timm_network.load(spec, device, size)
 
 
-def read_spec(folder: Path) -> TeacherSpec:
+#: Every teacher that a job may name: a network of the catalogue, or a black box of the user's.
+AnyTeacher = TeacherSpec | OnnxTeacher | HttpTeacher
+_ANY_TEACHER: TypeAdapter[AnyTeacher] = TypeAdapter(Annotated[AnyTeacher, Field(discriminator="kind")])
+
+
+def read_any(folder: Path) -> AnyTeacher:
     """The teacher that an artefact folder names."""
-    return TeacherSpec.model_validate_json((folder / "teacher.json").read_text())
+    return _ANY_TEACHER.validate_json((folder / "teacher.json").read_text())
+
+
+def read_spec(folder: Path) -> TeacherSpec:
+    """The network that an artefact folder names. Raises `TeacherError` for a black box, which has no features."""
+    spec = read_any(folder)
+    if not isinstance(spec, TeacherSpec):
+        raise TeacherError(f"teacher '{spec.name}' is a black box; this stage needs a network")
+    return spec
 
 
 def _missing_files(folder: Path) -> str:

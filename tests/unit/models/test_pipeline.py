@@ -34,7 +34,7 @@ class Toy(Params):
 
 
 ASK = Stage("ask", nothing, output="answers", inputs=("support", "teacher"), optional=("unlabelled",),
-            params="ask", seeded=False, shards=lambda shape: shape.support // 10)  # fmt: skip
+            params="ask", seeded=False, shards=lambda shape, params: shape.support // 10)  # fmt: skip
 TRAIN = Stage("train", nothing, output="trained", inputs=("answers", "student"), params="train")
 BUNDLE = Stage("bundle", nothing, output="bundle", inputs=("trained",), queue="cpu", seeded=False)
 
@@ -127,7 +127,9 @@ def test_what_a_stage_is_called_says_nothing_about_another_stage_with_the_same_i
 
 
 def test_a_stage_that_is_not_needed_is_not_planned() -> None:
-    examine = Stage("examine", nothing, output="seen", inputs=("test",), needed=lambda shape: shape.test > 0)
+    examine = Stage(
+        "examine", nothing, output="seen", inputs=("test",), needed=lambda shape, params: shape.test > 0
+    )
     toy = method(ASK, TRAIN, examine, replace(BUNDLE, optional=("seen",)))
     assert "examine" not in keys(toy)
     tested = keys(toy, SOURCES | {"test": "d5"}, shape=WITH_TEST)

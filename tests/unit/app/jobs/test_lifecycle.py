@@ -39,7 +39,7 @@ def method(student_version: int = 1) -> Method:
         needs=frozenset(),
         params=Params,
         stages=(
-            Stage("ask", _nothing, output="answers", inputs=("support",), shards=lambda shape: 2),
+            Stage("ask", _nothing, output="answers", inputs=("support",), shards=lambda shape, params: 2),
             Stage(
                 "train", _nothing, output="trained", inputs=("answers", "student"), version=student_version
             ),
