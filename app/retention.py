@@ -15,6 +15,7 @@ from app.jobs.lifecycle import DONE, FINISHED
 from app.jobs.tables import IdempotencyKey, Job, Shard, StageOutput, Worker
 from app.storage import YOUNG_S
 from app.students.tables import Student
+from app.teachers.tables import Teacher
 from app.wiring import Wiring
 
 log = structlog.get_logger()
@@ -44,6 +45,8 @@ def _named(session: Session) -> Iterable[str]:
     """Every digest that a row names."""
     for splits in session.scalars(sa.select(Dataset.splits).where(Dataset.deleted_at.is_(None))):
         yield from (split["digest"] for split in splits.values())
+    for files in session.scalars(sa.select(Teacher.files).where(Teacher.deleted_at.is_(None))):
+        yield from files.values()
     for sources in session.scalars(sa.select(Job.sources)):
         yield from (digest for source in sources.values() for digest in source["files"].values())
     for files in session.scalars(sa.select(StageOutput.files)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
@@ -24,6 +24,12 @@ class Settings(BaseSettings):
     storage_options: dict[str, str] = Field({}, description="fsspec options, such as endpoint_url, as JSON.")
     teachers_file: Path | None = Field(None, description="TOML list of the operator's own teachers.")
 
+    secret_key: SecretStr = Field(
+        SecretStr(""),
+        description="Encrypts the users' secrets: 32 bytes in base64; several, separated by commas: the first "
+        "encrypts, all decrypt. Empty: the embedded service makes a file 'secret.key' below home.",
+    )
+
     host: str = "127.0.0.1"
     port: int = Field(8700, ge=0, le=65535)
     docs: bool = Field(True, description="Serve /docs and /openapi.json.")
@@ -32,6 +38,7 @@ class Settings(BaseSettings):
     log_json: bool = False
 
     max_upload_bytes: int = Field(512 * 2**20, ge=1, description="Largest request body.")
+    max_model_bytes: int = Field(256 * 2**20, ge=1, description="Largest ONNX file of a user's teacher.")
     upload_deadline_s: float = Field(600, gt=0, description="Longest time a request body may take to arrive.")
     max_images: int = Field(10_000, ge=2, description="Most files in one data set.")
     max_image_bytes: int = Field(32 * 2**20, ge=1, description="Largest single image file.")

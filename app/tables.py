@@ -2,11 +2,22 @@
 
 from app.datasets.tables import Dataset, DatasetImage
 from app.db import Base
-from app.jobs.tables import IdempotencyKey, Job, JobEvent, JobMetric, JobStage, Shard, StageOutput, Worker
+from app.jobs.tables import (
+    IdempotencyKey,
+    Job,
+    JobEvent,
+    JobMetric,
+    JobStage,
+    Shard,
+    StageOutput,
+    TeacherAnswer,
+    Worker,
+)
 from app.keys.tables import ApiKey
 from app.students.tables import Student
+from app.teachers.tables import Teacher
 
 __all__ = [
     "ApiKey", "Base", "Dataset", "DatasetImage", "IdempotencyKey", "Job", "JobEvent", "JobMetric", "JobStage",
-    "Shard", "StageOutput", "Student", "Worker",
+    "Shard", "StageOutput", "Student", "Teacher", "TeacherAnswer", "Worker",
 ]  # fmt: skip

@@ -8,7 +8,9 @@ from pydantic import Field
 
 from app.schemas import Answer, Order, Time
 
-Scope = Literal["datasets:read", "datasets:write", "jobs:read", "jobs:write", "students:read", "admin"]
+Scope = Literal[
+    "datasets:read", "datasets:write", "jobs:read", "jobs:write", "students:read", "teachers:write", "admin"
+]
 
 
 class KeyOrder(Order):

@@ -6,7 +6,15 @@ import time
 from dataclasses import dataclass
 
 #: What a key may be allowed to do. `admin` includes all of them and the management of keys.
-SCOPES = ("datasets:read", "datasets:write", "jobs:read", "jobs:write", "students:read", "admin")
+SCOPES = (
+    "datasets:read",
+    "datasets:write",
+    "jobs:read",
+    "jobs:write",
+    "students:read",
+    "teachers:write",
+    "admin",
+)
 
 
 @dataclass(frozen=True)

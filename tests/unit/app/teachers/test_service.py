@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from app.errors import Invalid, Unavailable
+from app.errors import Unavailable
 from app.settings import Settings
 from app.teachers import service
 from models.teachers import TEACHERS
@@ -40,7 +40,7 @@ def test_without_a_file_there_is_the_catalogue(tmp_path: Path) -> None:
 def test_the_operators_teachers_are_added(tmp_path: Path) -> None:
     found = service.catalogue(settings(tmp_path, ENTRY))
     assert found.keys() == TEACHERS.keys() | {"our_vit"}
-    assert service.find(settings(tmp_path, ENTRY), "our_vit").embedding_dim == 384
+    assert found["our_vit"].embedding_dim == 384
     state = service.here([found["our_vit"]])["our_vit"]
     assert not state.available
     assert "/srv" not in state.reason
@@ -52,12 +52,6 @@ def test_a_change_of_the_file_is_seen(tmp_path: Path) -> None:
     settings(tmp_path, ENTRY.replace("our_vit", "new_vit"))
     os.utime(tmp_path / "teachers.toml", ns=(1, 1))
     assert "new_vit" in service.catalogue(configured)
-
-
-def test_an_unknown_teacher_is_refused_with_the_valid_ones(tmp_path: Path) -> None:
-    with pytest.raises(Invalid, match=r"'nope'.*efficientnet_lite0.*our_vit") as caught:
-        service.find(settings(tmp_path, ENTRY), "nope")
-    assert caught.value.code == "unknown_teacher"
 
 
 @pytest.mark.parametrize(
