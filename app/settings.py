@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import Field, SecretStr
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, SecretStr, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from app.security.egress import Rule
 
 
 class Settings(BaseSettings):
@@ -28,6 +31,11 @@ class Settings(BaseSettings):
         SecretStr(""),
         description="Encrypts the users' secrets: 32 bytes in base64; several, separated by commas: the first "
         "encrypts, all decrypt. Empty: the embedded service makes a file 'secret.key' below home.",
+    )
+    egress_allow: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Destinations that users' URLs may name although they are private, plain http or on another "
+        "port: host, host:port, CIDR or CIDR:port, separated by commas.",
     )
 
     host: str = "127.0.0.1"
@@ -69,6 +77,20 @@ class Settings(BaseSettings):
     retention_days: float = Field(
         30, gt=0, description="Unused stage outputs and idempotency keys live so long."
     )
+
+    @field_validator("egress_allow", mode="before")
+    @classmethod
+    def _separated_by_commas(cls, value: object) -> object:
+        if isinstance(value, str):
+            return tuple(part.strip() for part in value.split(",") if part.strip())
+        return value
+
+    @field_validator("egress_allow")
+    @classmethod
+    def _can_be_read(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for text in value:
+            Rule.parse(text)
+        return value
 
     @property
     def database(self) -> str:
