@@ -19,7 +19,7 @@ class StudentSpec:
 
     name: str
     title: str
-    family: Literal["conv4", "resnet12", "timm"]
+    family: Literal["conv4", "lenet5", "resnet8", "resnet12", "timm"]
     parameters: int
     macs: int
     input_size: int
@@ -32,6 +32,12 @@ STUDENTS: dict[str, StudentSpec] = {
     spec.name: spec
     for spec in (
         StudentSpec("conv4", "Conv4-64", "conv4", 115_402, 14_158_336, 32, "Apache-2.0"),
+        StudentSpec("lenet5", "LeNet-5", "lenet5", 82_826, 512_040, 28, "Apache-2.0", min_input_size=28),
+        StudentSpec(
+            "lenet5_half", "LeNet-5, half", "lenet5", 46_380, 175_080, 28, "Apache-2.0", min_input_size=28
+        ),
+        StudentSpec("resnet8", "ResNet-8", "resnet8", 454_490, 16_958_720, 32, "Apache-2.0"),
+        StudentSpec("resnet8_half", "ResNet-8, half", "resnet8", 114_354, 4_350_592, 32, "Apache-2.0"),
         StudentSpec("resnet12", "ResNet-12", "resnet12", 12_430_730, 523_114_752, 32, "Apache-2.0"),
         StudentSpec(
             "mobilenetv3_small_050", "MobileNetV3-Small 0.5", "timm", 578_474, 7_858_176, 128, "Apache-2.0"
@@ -83,6 +89,14 @@ def build(name: str, classes: int, input_size: int) -> nn.Module:
         from models.students import conv4
 
         return conv4.build(classes, input_size)
+    if spec.family == "lenet5":
+        from models.students import lenet5
+
+        return lenet5.build(classes, input_size, half=name == "lenet5_half")
+    if spec.family == "resnet8":
+        from models.students import resnet8
+
+        return resnet8.build(classes, input_size, half=name == "resnet8_half")
     if spec.family == "resnet12":
         from models.students import resnet12
 

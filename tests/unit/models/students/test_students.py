@@ -62,3 +62,28 @@ def test_unknown_students_and_sizes_out_of_range_are_refused_by_name() -> None:
 def test_the_registries_are_read_without_torch() -> None:
     code = "import sys, models.methods, models.students, models.teachers; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(("name", "channels"), [("lenet5", (6, 16)), ("lenet5_half", (3, 8))])
+def test_lenet5_has_the_layers_of_the_black_box_paper(name: str, channels: tuple[int, int]) -> None:
+    first, second = channels
+    network = students.build(name, 10, 28)
+    shapes = [tuple(m.weight.shape) for m in network.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    assert shapes == [(first, 1, 5, 5), (second, first, 5, 5), (120, second * 36), (84, 120), (10, 84)]
+
+
+def test_lenet5_sees_grey_only() -> None:
+    network = students.build("lenet5", 10, 28)
+    grey = torch.randn(2, 1, 28, 28)
+    colours = grey + torch.tensor([0.5, -0.2, -0.3]).view(1, 3, 1, 1)
+    torch.testing.assert_close(network(colours), network(grey.expand(-1, 3, -1, -1)))
+
+
+def test_a_half_student_has_half_the_channels() -> None:
+    def channels(name: str) -> list[int]:
+        modules = students.build(name, 10, 32).modules()
+        return [module.out_channels for module in modules if isinstance(module, nn.Conv2d)]
+
+    for name in ("lenet5", "resnet8"):
+        assert channels(f"{name}_half") == [count // 2 for count in channels(name)]
+    assert channels("resnet8") == [16, 64, 64, 64, 128, 128, 128]
