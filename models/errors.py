@@ -56,6 +56,10 @@ class TryAgain(TeacherError):
         self.counted = counted
 
 
+class QuestionRefused(TeacherError):
+    """The teacher turned the question away unanswered and will do so again: it does not count."""
+
+
 class TrainingError(ModelsError):
     """Training did not work, for example the loss is no number."""
 

@@ -8,15 +8,16 @@ and what may have been paid is never counted too low.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import random
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from models.errors import BudgetSpent, TeacherError, TryAgain
+from models.errors import BudgetSpent, QuestionRefused, TeacherError, TryAgain
 from models.pipeline import Ledger
 from models.teachers.black_box import Answers, BlackBox, Pixels
 
@@ -24,6 +25,8 @@ _FIRST_PAUSE_S = 0.5
 _LONGEST_PAUSE_S = 60.0
 #: A teacher that asks for a longer pause than this ends the job, which can be retried.
 MOST_PATIENCE_S = 300.0
+#: While nothing is answered, progress is repeated so often: a patient stage must not look like a dead one.
+_SIGN_OF_LIFE_S = 60.0
 
 
 def digest_of(image: Pixels) -> str:
@@ -52,7 +55,10 @@ class MemoryLedger:
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def known(self, teacher: str, images: Sequence[str]) -> dict[str, bytes]:
-        return {image: self.answers[teacher, image] for image in images if (teacher, image) in self.answers}
+        with self._lock:
+            return {
+                image: self.answers[teacher, image] for image in images if (teacher, image) in self.answers
+            }
 
     def reserve(self, count: int) -> None:
         with self._lock:
@@ -68,7 +74,8 @@ class MemoryLedger:
             self.spent -= count
 
     def record(self, teacher: str, answers: Mapping[str, bytes]) -> None:
-        self.answers.update({(teacher, image): answer for image, answer in answers.items()})
+        with self._lock:
+            self.answers.update({(teacher, image): answer for image, answer in answers.items()})
 
 
 def ask(
@@ -79,15 +86,16 @@ def ask(
 ) -> Answers:
     """The answers [N, C] to images [H, W, 3] of any sizes, from the ledger where it has them, else from `box`.
 
-    Raises `BudgetSpent`, or `TeacherError` where the teacher does not answer as it must. What was answered until
-    then is kept.
+    `progress` hears from this thread how many images are answered; it hears the same number again while the teacher
+    lets wait. Raises `BudgetSpent`, or `TeacherError` where the teacher does not answer as it must: the first such
+    error, after the requests that were on their way have ended. What was answered until then is kept.
     """
     names = [digest_of(image) for image in images]
     found = {name: from_bytes(answer) for name, answer in ledger.known(box.key, sorted(set(names))).items()}
     unknown = {name: image for name, image in zip(names, images, strict=True) if name not in found}
     done = len(images) - len(unknown)
     progress(done)
-    batches = [list(unknown)[at : at + box.batch_size] for at in range(0, len(unknown), box.batch_size)]
+    rest = iter([list(unknown)[at : at + box.batch_size] for at in range(0, len(unknown), box.batch_size)])
     stopping = threading.Event()
 
     def settle(batch: list[str]) -> Answers:
@@ -96,37 +104,51 @@ def ask(
         return rows
 
     with ThreadPoolExecutor(box.concurrency, "ask") as threads:
-        # Not all at once: an error must not leave hundreds of questions queued.
-        for start in range(0, len(batches), 4 * box.concurrency):
-            group = batches[start : start + 4 * box.concurrency]
-            futures = {threads.submit(settle, batch): batch for batch in group}
-            ended, _ = wait(futures, return_when=FIRST_EXCEPTION)
-            if any(future.exception() for future in ended):
-                stopping.set()
-            for future, batch in futures.items():
-                found.update(zip(batch, future.result(), strict=True))
-                done += len(batch)
+        asked: dict[Future[Answers], list[str]] = {}
+        try:
+            while True:
+                for batch in itertools.islice(rest, box.concurrency - len(asked)):
+                    asked[threads.submit(settle, batch)] = batch
+                if not asked:
+                    break
+                ended, _ = wait(asked, timeout=_SIGN_OF_LIFE_S, return_when=FIRST_COMPLETED)
+                for future in ended:
+                    batch = asked.pop(future)
+                    found.update(zip(batch, future.result(), strict=True))
+                    done += len(batch)
                 progress(done)
+        finally:
+            stopping.set()  # after an error: wakes who waits to try again
     return np.stack([found[name] for name in names]) if names else np.empty((0, len(box.classes)), np.float32)
 
 
 def _patiently(box: BlackBox, images: list[Pixels], ledger: Ledger, stopping: threading.Event) -> Answers:
-    """One request, tried again after a pause where that may help."""
-    for attempt in range(box.retries + 1):
-        if stopping.is_set():
-            raise TeacherError("another question to the teacher failed")
+    """The answers to one request, tried again after a pause where that may help.
+
+    What the teacher may have worked on stays counted, answered or not.
+    """
+    for attempt in range(1, box.retries + 2):
         ledger.reserve(len(images))
         try:
             return _checked(box.answer(images), len(images), box)
+        except QuestionRefused:
+            ledger.release(len(images))
+            raise
         except TryAgain as error:
             if not error.counted:
                 ledger.release(len(images))
-            if attempt == box.retries or (error.after or 0) > MOST_PATIENCE_S:
-                raise
-            pause = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2**attempt)
-            pause = max(error.after or 0.0, pause * random.uniform(0.5, 1.0))
-            stopping.wait(pause)
-    raise AssertionError("unreachable")
+            after = error.after or 0.0
+            if after > MOST_PATIENCE_S:
+                raise TryAgain(
+                    f"{error.detail}; it asks to wait for {after:.0f} s", "Retry the job then.", after=after
+                ) from None
+            if attempt > box.retries:
+                tries = "once" if attempt == 1 else f"{attempt} times"
+                raise TryAgain(f"{error.detail}; tried {tries}", error.hint, after=error.after) from None
+        pause = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2 ** (attempt - 1))
+        if stopping.wait(max(after, pause * random.uniform(0.5, 1.0))):
+            break
+    raise TeacherError("another question to the teacher failed")  # `ask` raises that one's error
 
 
 def _checked(rows: Answers, images: int, box: BlackBox) -> Answers:
