@@ -11,19 +11,24 @@ import os
 import shutil
 import sys
 import tempfile
+import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from app import locks, storage
+from app.security.egress import Egress
 from app.settings import Settings
 from app.storage import BlobStore
 from models import runtime
 from models.errors import ModelsError
 from models.methods import METHODS
-from models.pipeline import JobShape, StageContext, inputs_of
+from models.pipeline import JobShape, StageContext, TeacherAccess, inputs_of
+from workers.asking import PipeLedger
 
 _REPORT_PAUSE_S = 0.2
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
@@ -35,8 +40,9 @@ def main() -> None:
     os.dup2(2, 1)  # what libraries print must not mix with the messages
     blobs = storage.connect(settings.storage, settings.storage_options)
     work = own_folder(settings.home / "work")
+    voice = Voice(out, sys.stdin.buffer)
     for line in sys.stdin.buffer:
-        run(json.loads(line), settings, blobs, Voice(out), work)
+        run(json.loads(line), settings, blobs, voice, work)
     shutil.rmtree(work, ignore_errors=True)
 
 
@@ -58,14 +64,17 @@ def own_folder(root: Path) -> Path:
 
 
 class Voice:
-    """Sends messages to the parent, progress not more often than it can matter."""
+    """Sends messages to the parent, progress not more often than it can matter. `replies`: what it sends back."""
 
-    def __init__(self, out: BinaryIO) -> None:
-        self._out = out
+    def __init__(self, out: BinaryIO, replies: BinaryIO) -> None:
+        self._out, self.replies = out, replies
         self._reported = 0.0
+        self._lock = threading.Lock()
 
     def say(self, kind: str, **members: Any) -> None:
-        self._out.write(json.dumps({"kind": kind, **members}).encode() + b"\n")
+        line = json.dumps({"kind": kind, **members}).encode() + b"\n"
+        with self._lock:  # a stage may ask its teacher from several threads
+            self._out.write(line)
 
     def report(self, step: int, total: int, **metrics: float) -> None:
         if metrics or time.monotonic() - self._reported > _REPORT_PAUSE_S:
@@ -122,8 +131,16 @@ def _computed(
         shards=claim["shards"],
     )
     context.output.mkdir()
-    stage.run(context, method.stage_params(stage, claim["params"]))
+    with _asking(claim, settings, voice) if stage.asks else nullcontext() as access:
+        stage.run(replace(context, access=access), method.stage_params(stage, claim["params"]))
     return context.output
+
+
+@contextmanager
+def _asking(claim: Mapping[str, Any], settings: Settings, voice: Voice) -> Iterator[TeacherAccess]:
+    """What a stage needs that asks the teacher: the parent's ledger, the way out, the secret headers."""
+    with closing(Egress(settings.egress_allow)) as egress:
+        yield TeacherAccess(PipeLedger(voice.say, voice.replies), egress, claim["headers"])
 
 
 class BlobCheckpoints:

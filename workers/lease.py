@@ -29,14 +29,14 @@ class Lease:
         self.claim = claim
         self._database = wiring.database
         self._settings = wiring.settings
-        self._step, self._total = 0, 0
+        self._step, self._total, self._alive = 0, 0, False
         self._points: dict[tuple[int, str], float] = {}
         self._renewed = self._tried = time.monotonic()
 
     def progress(self, step: int, total: int, metrics: dict[str, float]) -> None:
         """Note progress; the next renewal writes it. A point is a finite number, and there is one of a name and step:
         a database may refuse anything else, and the lease would be lost with it."""
-        self._step, self._total = step, total
+        self._step, self._total, self._alive = step, total, True
         self._points |= {(step, name): value for name, value in metrics.items() if math.isfinite(value)}
 
     def keep(self) -> Verdict:
@@ -52,7 +52,7 @@ class Lease:
         try:
             with self._database.writing() as session:
                 verdict = lifecycle.renew(
-                    session, self.claim, self._settings, self._step, self._total, points
+                    session, self.claim, self._settings, self._step, self._total, points, alive=self._alive
                 )
         except LeaseLost:
             return "lost"
@@ -60,7 +60,7 @@ class Lease:
             log.warning("renewal_failed", shard=self.claim.shard_id, error=str(error.orig))
             return "lost" if time.monotonic() - self._renewed > self._settings.lease_ttl_s else "go on"
         self._renewed = time.monotonic()
-        self._points = {}
+        self._points, self._alive = {}, False
         return verdict
 
     def finish(self, write: Callable[[Session], Result]) -> Result:

@@ -12,6 +12,7 @@ import select
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -41,6 +42,14 @@ class Kept:
 
 
 @dataclass(frozen=True)
+class Asked:
+    """A call of the stage's ledger (`workers.answering`), which waits for the reply."""
+
+    call: str
+    arguments: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Done:
     """The output has been stored. `facts`: about the student, where this was the bundle."""
 
@@ -64,10 +73,11 @@ class Died:
     status: int
 
 
-Message = Moved | Kept | Done | Failed | Died
-_KINDS: dict[str, type[Moved | Kept | Done | Failed]] = {
+Message = Moved | Kept | Asked | Done | Failed | Died
+_KINDS: dict[str, type[Moved | Kept | Asked | Done | Failed]] = {
     "moved": Moved,
     "kept": Kept,
+    "ask": Asked,
     "done": Done,
     "failed": Failed,
 }
@@ -81,8 +91,8 @@ class ComputeProcess:
         self._process: subprocess.Popen[bytes] | None = None
         self._pending = b""
 
-    def start(self, claim: Claim) -> None:
-        """Hand a claim to the child."""
+    def start(self, claim: Claim, headers: Mapping[str, str] | None = None) -> None:
+        """Hand a claim to the child, with the headers that its teacher wants: they are secret."""
         if self._process is None or self._process.poll() is not None:
             self.kill()
             self._process = subprocess.Popen(
@@ -92,12 +102,11 @@ class ComputeProcess:
                 start_new_session=True,
                 preexec_fn=dying_with(os.getpid()),
             )
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(json.dumps(asdict(claim)).encode() + b"\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            return  # it died just now: `message` says so
+        self._say({**asdict(claim), "headers": dict(headers or {})})
+
+    def reply(self, document: Mapping[str, Any]) -> None:
+        """Answer what the child has asked."""
+        self._say(document)
 
     def message(self, timeout: float) -> Message | None:
         """The child's next message, or None after `timeout` seconds."""
@@ -130,6 +139,15 @@ class ComputeProcess:
                 with suppress(BrokenPipeError):  # a claim that it did not read any more
                     pipe.close()
         self._process, self._pending = None, b""
+
+    def _say(self, document: Mapping[str, Any]) -> None:
+        assert self._process is not None
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(document).encode() + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            return  # it died just now: `message` says so
 
     def _died(self) -> Died:
         """At once with all that it started, whose memory and GPU the next attempt needs."""

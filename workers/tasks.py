@@ -15,13 +15,16 @@ from celery.signals import worker_process_shutdown
 from sqlalchemy.orm import Session
 from structlog.contextvars import bound_contextvars
 
-from app.jobs import lifecycle, service
+from app.errors import DramError
+from app.jobs import lifecycle, queries, service
 from app.jobs.lifecycle import Claim, JobError, LeaseLost, Ready
 from app.settings import Settings
 from app.wiring import Wiring
+from models.methods import METHODS
+from workers.answering import Answering
 from workers.celery_app import app
 from workers.lease import Lease
-from workers.runner import ComputeProcess, Died, Done, Failed, Kept, Moved
+from workers.runner import Asked, ComputeProcess, Died, Done, Failed, Kept, Moved
 
 log = structlog.get_logger()
 
@@ -85,7 +88,7 @@ def work(wiring: Wiring, compute: ComputeProcess, claim: Claim) -> list[Ready]:
     lease = Lease(wiring, claim)
     try:
         with _stoppable():
-            ending = _computed(lease, compute, claim, wiring.settings)
+            ending = _computed(wiring, lease, compute, claim)
         return lease.finish(ending)
     except LeaseLost:
         compute.kill()
@@ -101,10 +104,17 @@ def work(wiring: Wiring, compute: ComputeProcess, claim: Claim) -> list[Ready]:
 
 
 def _computed(
-    lease: Lease, compute: ComputeProcess, claim: Claim, settings: Settings
+    wiring: Wiring, lease: Lease, compute: ComputeProcess, claim: Claim
 ) -> Callable[[Session], list[Ready]]:
     """Watch the compute process until it ends. Returns the write unit that records the ending."""
-    compute.start(claim)
+    settings = wiring.settings
+    answering = Answering(lease)
+    try:
+        headers = _headers(wiring, claim)
+    except DramError as reason:
+        broken = JobError(reason.code, reason.detail, retryable=True)
+        return partial(lifecycle.fail, held=claim, error=broken, settings=settings)
+    compute.start(claim, headers)
     while True:
         message = compute.message(timeout=_POLL_S)
         match message:
@@ -114,17 +124,13 @@ def _computed(
                 lease.finish(
                     partial(lifecycle.keep_checkpoint, held=claim, step=message.step, files=message.files)
                 )
+            case Asked():
+                compute.reply(answering.reply(message.call, message.arguments))
             case Done():
                 if lease.renew() == "lost":
                     raise LeaseLost(claim.shard_id)
                 log.info("computed", bytes=message.bytes)
-                return partial(
-                    lifecycle.complete,
-                    held=claim,
-                    files=message.files,
-                    size=message.bytes,
-                    facts=message.facts,
-                )
+                return partial(_complete, held=claim, made=message, cached=answering.earlier)
             case Failed():
                 log.warning("failed", code=message.code, detail=message.detail)
                 error = JobError(message.code, message.detail, message.hint, message.retryable)
@@ -144,6 +150,20 @@ def _computed(
                 return partial(lifecycle.fail, held=claim, error=error, settings=settings)
             case "lost":
                 raise LeaseLost(claim.shard_id)
+
+
+def _headers(wiring: Wiring, claim: Claim) -> dict[str, str]:
+    """The secret headers of the teacher, for a stage that asks it. Raises Unavailable."""
+    method = METHODS.get(claim.method)  # one that this worker does not have fails in the compute process
+    if method is None or not method.stage(claim.stage).asks:
+        return {}
+    with wiring.database.reading() as session:
+        return queries.secret_headers(session, wiring.settings, claim)
+
+
+def _complete(session: Session, held: Claim, made: Done, cached: int) -> list[Ready]:
+    queries.count_cached(session, held, cached)
+    return lifecycle.complete(session, held, made.files, made.bytes, made.facts)
 
 
 def _death(status: int) -> JobError:

@@ -1,4 +1,7 @@
-"""What happened to a job, numbered without gaps. Appended in the transaction that made it happen."""
+"""What happened to a job, numbered without gaps. Appended in the transaction that made it happen.
+
+The API shows of a job what its newest event left: an event also shows the questions counted until then.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ TERMINAL = frozenset({"job.succeeded", "job.failed", "job.cancelled"})
 def append(session: Session, job: Job, type: str, **data: Any) -> None:
     """Add the job's next event. The caller holds the job's row lock, so numbers have no gaps."""
     job.last_event += 1
+    job.shown_spent, job.shown_cached = job.queries_spent, job.queries_cached
     session.add(JobEvent(job_id=job.id, number=job.last_event, type=type, data=data))
 
 

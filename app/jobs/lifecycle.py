@@ -144,17 +144,23 @@ def claim(
 
 def renew(
     session: Session, held: Claim, settings: Settings, step: int, total: int,
-    points: Iterable[tuple[int, str, float]] = (),
+    points: Iterable[tuple[int, str, float]] = (), *, alive: bool = False,
 ) -> Verdict:  # fmt: skip
-    """Keep the lease and record progress. Answers "go on", "cancel" or "stalled". Raises LeaseLost."""
-    job, stage, shard = _held(session, held)
+    """Keep the lease and record progress. Answers "go on", "cancel" or "stalled". Raises LeaseLost.
+
+    `alive`: the stage has said something since the last renewal, be it that it still waits at this step.
+    """
+    job, stage, shard = holding(session, held)
     clock = session.scalar(sa.select(now())) or 0.0
     shard.lease_until = clock + settings.lease_ttl_s
     moved = step != shard.step
     if moved:
-        shard.step, shard.total, shard.step_at = step, total, clock
+        shard.step, shard.total = step, total
         session.flush()
         _roll_up(session, job, stage)
+    if moved or alive:
+        shard.step_at = clock
+    if moved or job.shown_spent != job.queries_spent:
         _progressed(session, job, stage, shard)
     rows = [
         {
@@ -177,7 +183,7 @@ def renew(
 
 def keep_checkpoint(session: Session, held: Claim, step: int, files: dict[str, str]) -> None:
     """Remember the newest checkpoint and the one before it. Raises LeaseLost."""
-    _, _, shard = _held(session, held)
+    _, _, shard = holding(session, held)
     previous = shard.checkpoint and {name: shard.checkpoint[name] for name in ("step", "files")}
     shard.checkpoint = {"step": step, "files": files, "previous": previous}
 
@@ -189,7 +195,7 @@ def complete(
 
     Raises LeaseLost.
     """
-    job, stage, shard = _held(session, held)
+    job, stage, shard = holding(session, held)
     row = {"tenant": job.tenant, "key": shard.key, "files": files, "bytes": size, "facts": facts}
     upsert(session, StageOutput, [row | {"created_at": now(), "used_at": now()}])
     shard.status, shard.lease_until = "succeeded", None
@@ -199,7 +205,7 @@ def complete(
 
 def fail(session: Session, held: Claim, error: JobError, settings: Settings) -> list[Ready]:
     """The shard's work failed. Tried again after a pause if that may help, else the job fails. Raises LeaseLost."""
-    job, stage, shard = _held(session, held)
+    job, stage, shard = holding(session, held)
     if error.retryable and shard.attempt < settings.max_attempts and job.status != "cancelling":
         _lost(session, job, stage, shard, error.detail)
         shard.ready_at = (session.scalar(sa.select(now())) or 0.0) + settings.reap_s * shard.attempt
@@ -214,7 +220,7 @@ def release(session: Session, held: Claim) -> None:
 
     Nobody rings for it here, or this worker itself might take it again; the maintenance loop rings soon.
     """
-    job, _, shard = _held(session, held)
+    job, _, shard = holding(session, held)
     if job.status == "cancelling":
         stopped(session, held)
         return
@@ -225,7 +231,7 @@ def release(session: Session, held: Claim) -> None:
 
 def stopped(session: Session, held: Claim) -> list[Ready]:
     """The worker has ended its compute process because the job is being cancelled. Raises LeaseLost."""
-    job, _, shard = _held(session, held)
+    job, _, shard = holding(session, held)
     shard.status, shard.lease_until = "cancelled", None
     session.flush()
     _finish_cancel(session, job)
@@ -323,7 +329,8 @@ def fail_job(session: Session, job: Job, error: JobError, stage: JobStage) -> No
 # ---- inside ---------------------------------------------------------------------------------------------------
 
 
-def _held(session: Session, held: Claim) -> tuple[Job, JobStage, Shard]:
+def holding(session: Session, held: Claim) -> tuple[Job, JobStage, Shard]:
+    """The rows of a claim, the job's locked, while it is the newest claim of its shard. Raises LeaseLost."""
     job = lock(session, held.job_id)
     same = sa.and_(Shard.id == held.shard_id, Shard.epoch == held.epoch, Shard.status == "running")
     shard = session.scalar(sa.select(Shard).where(same).execution_options(populate_existing=True))
@@ -431,10 +438,11 @@ def _roll_up(session: Session, job: Job, stage: JobStage) -> None:
 
 
 def _progressed(session: Session, job: Job, stage: JobStage, shard: Shard) -> None:
+    spent = {} if job.queries_planned is None else {"queries_spent": job.queries_spent}
     events.append(
         session, job, "stage.progress",
         stage=stage.name, shard=shard.position, step=shard.step, total=shard.total, percent=stage.percent,
-        job_percent=job.percent,
+        job_percent=job.percent, **spent,
     )  # fmt: skip
 
 

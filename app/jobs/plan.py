@@ -15,15 +15,23 @@ from app.jobs import events
 from app.jobs.tables import Job, JobStage, Shard, StageOutput
 from models.pipeline import JobShape, Method, Params, PlannedStage, inputs_of
 
+#: The file that says what a teacher is; an ONNX file of a user's lies beside it.
+TEACHER_FILE = "teacher.json"
+
 
 def stages(
     method: Method, shape: JobShape, sources: Mapping[str, Mapping[str, Any]], params: Params, seed: int
 ) -> tuple[PlannedStage, ...]:
     """The method's stages for these sources (`{"support": {"files": {name: blob}}}`, …)."""
-    digests = {}
-    for name, source in sources.items():
-        (digests[name],) = source["files"].values()  # a source is one file, and its content is its key
-    return method.plan(shape, digests, params, seed)
+    return method.plan(shape, {name: _key(source["files"]) for name, source in sources.items()}, params, seed)
+
+
+def _key(files: Mapping[str, str]) -> str:
+    """A source is one file, and its content is its key. A teacher's names what else lies beside it."""
+    if TEACHER_FILE in files:
+        return files[TEACHER_FILE]
+    (key,) = files.values()
+    return key
 
 
 def reusable(session: Session, tenant: str, planned: tuple[PlannedStage, ...]) -> set[str]:
@@ -73,7 +81,7 @@ def shape_of(classes: int, smallest_class: int, splits: Mapping[str, Mapping[str
     counts = {name: int(split["images"]) for name, split in splits.items()}
     return JobShape(
         classes=classes,
-        support=counts["support"],
+        support=counts.get("support", 0),
         smallest_class=smallest_class,
         unlabelled=counts.get("unlabelled", 0),
         test=counts.get("test", 0),

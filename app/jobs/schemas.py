@@ -26,6 +26,9 @@ class JobOrder(Order):
     precision: Literal["fp32", "int8"] = Field(
         "fp32", description="int8 adds a quantised graph if accuracy holds."
     )
+    query_budget: int | None = Field(
+        None, ge=0, description="Most questions that the job may put to its teacher, repeated ones included."
+    )
     metadata: dict[str, str] = Field({}, max_length=16, description="Your own labels, returned as they are.")
     cancel_after_s: float | None = Field(
         None, gt=0, le=30 * 86400, description="Cancel the job after this time."
@@ -53,6 +56,20 @@ class StageView(Answer):
     finished_at: Time | None
 
 
+class Queries(Answer):
+    """Questions to the teacher. One is one image, each time that it is sent."""
+
+    budget: int | None = Field(description="The order's query_budget; null: no limit.")
+    planned: int | None = Field(
+        description="Most that the job asks if none was answered before and none must be repeated; null: the method "
+        "asks no black box."
+    )
+    spent: int = Field(description="Sent so far; the budget is never passed.")
+    cached: int = Field(
+        description="Answers that finished stages took from earlier jobs instead. A reused stage counts none."
+    )
+
+
 class JobErrorView(Answer):
     code: str
     detail: str
@@ -75,6 +92,7 @@ class JobView(Answer):
     seed: int
     progress: Progress
     stages: list[StageView]
+    queries: Queries
     error: JobErrorView | None
     student_id: str | None
     metadata: dict[str, str]
@@ -97,6 +115,9 @@ class PlanView(Answer):
     object: Literal["plan"]
     params: dict[str, Any]
     stages: list[PlannedStageView]
+    queries_planned: int | None = Field(
+        description="Most questions to the teacher; null: it is no black box."
+    )
 
 
 class EventView(Answer):

@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
-from pydantic import ValidationError
 from sqlalchemy.orm import Session
 
 from app import ids
-from app.datasets import service as datasets
 from app.db import now, owned, owned_rows, upsert
-from app.errors import Conflict, Finding, Invalid, NotFound, TooMany
-from app.jobs import events, lifecycle, plan
+from app.errors import Conflict, Invalid, NotFound, TooMany
+from app.jobs import events, lifecycle, ordering, plan
 from app.jobs.lifecycle import Ready
 from app.jobs.schemas import (
     CurvePoint,
@@ -28,6 +26,7 @@ from app.jobs.schemas import (
     PlannedStageView,
     PlanView,
     Progress,
+    Queries,
     StageView,
 )
 from app.jobs.tables import IdempotencyKey, Job, JobEvent, JobMetric, JobStage
@@ -35,15 +34,12 @@ from app.paging import newest
 from app.security.principal import Principal
 from app.teachers import service as teachers
 from app.wiring import Wiring
-from models.methods import METHODS
-from models.pipeline import Method, Params, canonical, digest
-from models.students import STUDENTS
-from models.teachers import TeacherSpec
+from models.pipeline import canonical, digest
 
 # What GET job asks, made once: building a statement costs as much as running it.
 _ASKED = Job.id.in_(sa.bindparam("ids", expanding=True))
 _VERSIONS = owned_rows(Job, only=("id", "last_event", "status")).where(_ASKED)
-_JOBS = owned_rows(Job, without=("sources", "shape")).where(_ASKED)
+_JOBS = owned_rows(Job, without=("sources", "shape", "queries_spent", "queries_cached")).where(_ASKED)
 _STAGES = (
     sa.select(*[column for column in JobStage.__table__.c if column.name not in ("params", "needs", "key")])
     .where(JobStage.job_id.in_(sa.bindparam("jobs", expanding=True)))
@@ -61,10 +57,10 @@ def submit(
     wiring: Wiring, principal: Principal, order: JobOrder, idempotency_key: str | None = None
 ) -> Submitted:
     """Check the order, write the job with its stages, and ring for the stages that can start."""
-    method, params, teacher = _resolve(wiring, order)
+    choice = ordering.choose(wiring, principal, order)
     request = digest(order.model_dump(mode="json"))
-    teacher_files = _store(wiring, "teacher.json", teacher.model_dump(mode="json"))
-    student_files = _store(wiring, "student.json", {"name": order.student})
+    for name, document in choice.documents.items():
+        _store(wiring, name, document)
     with wiring.database.writing() as session:
         job_id = ids.new("job")
         if idempotency_key is not None:
@@ -75,12 +71,16 @@ def submit(
                 used = session.get_one(IdempotencyKey, (principal.tenant, idempotency_key))
                 return Submitted(_replay(session, principal, used, request), replayed=True)
         _check_quota(session, principal, wiring.settings.max_active_jobs)
-        sources, shape = _sources(session, principal, order.dataset_id, teacher_files, student_files)
+        # Again, in the write unit: so the teacher is not deleted before the job is there that needs it.
+        teachers.resolve(session, wiring.settings, principal, order.teacher_id)
+        work = ordering.plan_work(session, principal, order, choice)
         job = Job(
             id=job_id, tenant=principal.tenant, dataset_id=order.dataset_id, teacher=order.teacher_id,
-            method=method.name, student=order.student, preset=order.preset, params=params.model_dump(mode="json"),
-            seed=order.seed, labels=order.metadata, sources=sources, shape=plan.shape_document(shape),
-            status="queued", attempt=1, percent=0.0, last_event=0, created_at=session.scalar(sa.select(now())),
+            method=choice.method.name, student=order.student, preset=order.preset,
+            params=choice.params.model_dump(mode="json"), seed=order.seed, labels=order.metadata,
+            sources=work.sources, shape=plan.shape_document(work.shape), status="queued", attempt=1, percent=0.0,
+            last_event=0, query_budget=order.query_budget, queries_planned=work.queries,
+            created_at=session.scalar(sa.select(now())),
         )  # fmt: skip
         if order.cancel_after_s is not None:
             job.deadline_at = job.created_at + order.cancel_after_s
@@ -89,7 +89,7 @@ def submit(
         events.append(
             session, job, "job.created", dataset=job.dataset_id, method=job.method, student=job.student
         )
-        plan.write(session, job, plan.stages(method, shape, sources, params, order.seed))
+        plan.write(session, job, work.planned)
         ready = lifecycle.start(session, job)
         session.flush()
         submitted = view(session, job)
@@ -99,21 +99,19 @@ def submit(
 
 def dry_run(wiring: Wiring, principal: Principal, order: JobOrder) -> PlanView:
     """The plan that `submit` would make, and what of it exists already."""
-    method, params, teacher = _resolve(wiring, order)
-    teacher_files = {"teacher.json": digest(teacher.model_dump(mode="json"))}
-    student_files = {"student.json": digest({"name": order.student})}
+    choice = ordering.choose(wiring, principal, order)
     with wiring.database.reading() as session:
-        sources, shape = _sources(session, principal, order.dataset_id, teacher_files, student_files)
-        planned = plan.stages(method, shape, sources, params, order.seed)
-        existing = plan.reusable(session, principal.tenant, planned)
+        work = ordering.plan_work(session, principal, order, choice)
+        existing = plan.reusable(session, principal.tenant, work.planned)
     stages = [
         PlannedStageView(
             name=entry.stage.name, key=entry.key, shards=len(entry.shard_keys),
             reused=existing.issuperset(entry.shard_keys),
         )
-        for entry in planned
+        for entry in work.planned
     ]  # fmt: skip
-    return PlanView(object="plan", params=params.model_dump(mode="json"), stages=stages)
+    params = choice.params.model_dump(mode="json")
+    return PlanView(object="plan", params=params, stages=stages, queries_planned=work.queries)
 
 
 def announce(wiring: Wiring, ready: list[Ready]) -> None:
@@ -267,6 +265,9 @@ def _view(job: Any, stages: list[Any], clock: float) -> JobView:
         error=JobErrorView(**job.error) if job.error else None, student_id=job.student_id, metadata=job.labels,
         urls=urls, created_at=job.created_at, started_at=job.started_at,
         finished_at=job.finished_at,
+        queries=Queries(
+            budget=job.query_budget, planned=job.queries_planned, spent=job.shown_spent, cached=job.shown_cached
+        ),
     )  # fmt: skip
 
 
@@ -307,75 +308,6 @@ def _eta(job: Any, stages: list[Any], clock: float) -> float | None:
 # ---- checks ---------------------------------------------------------------------------------------------------
 
 
-def _resolve(wiring: Wiring, order: JobOrder) -> tuple[Method, Params, TeacherSpec]:
-    """The method, its parameters and the teacher, or Invalid with every finding at once."""
-    findings = []
-    method = METHODS.get(order.method)
-    if method is None:
-        findings.append(_unknown("method", "/method", order.method, list(METHODS)))
-    if order.student not in STUDENTS:
-        findings.append(_unknown("student", "/student", order.student, list(STUDENTS)))
-    catalogue = teachers.catalogue(wiring.settings)
-    teacher = catalogue.get(order.teacher_id)
-    if teacher is None:
-        findings.append(_unknown("teacher", "/teacher_id", order.teacher_id, list(catalogue)))
-    params: Params | None = None
-    if method is not None:
-        try:
-            params = method.resolve(order.preset, _overrides(order))
-        except ValidationError as error:
-            findings += [_parameter_finding(method, problem) for problem in error.errors(include_url=False)]
-    if findings or method is None or params is None or teacher is None:
-        raise Invalid(
-            " ".join(finding.detail for finding in findings), code=findings[0].code, findings=tuple(findings)
-        )
-    missing = method.needs - teacher.offers
-    if missing:
-        raise Invalid(
-            f"Method '{method.name}' needs {_words(missing)} of its teacher; '{order.teacher_id}' offers only "
-            f"{_words(teacher.offers)}. Choose another teacher or method.",
-            code="teacher_offers_too_little",
-        )
-    available = teachers.availability(wiring, [teacher])[teacher.name]
-    if not available.available:
-        raise Invalid(
-            f"Teacher '{order.teacher_id}' cannot be used: {available.reason}", code="teacher_unavailable"
-        )
-    return method, params, teacher
-
-
-def _overrides(order: JobOrder) -> dict[str, Any]:
-    if order.precision == "fp32":
-        return order.params
-    export = order.params.get("export", {})
-    return order.params | {"export": {**export, "int8": True}} if isinstance(export, dict) else order.params
-
-
-def _unknown(what: str, pointer: str, given: str, valid: list[str]) -> Finding:
-    return Finding(
-        f"unknown_{what}", pointer, f"There is no {what} '{given}'; there are: {', '.join(sorted(valid))}."
-    )
-
-
-def _parameter_finding(method: Method, problem: Any) -> Finding:
-    path = [str(part) for part in problem["loc"]]
-    name = ".".join(path)
-    if problem["type"] != "extra_forbidden":
-        return Finding(
-            "parameter_invalid", "/params/" + "/".join(path), f"Parameter '{name}': {problem['msg']}."
-        )
-    fields: Any = method.params.model_fields
-    for part in path[:-1]:
-        fields = fields[part].annotation.model_fields
-    known = ", ".join(".".join([*path[:-1], field]) for field in fields)
-    detail = f"Method '{method.name}' has no parameter '{name}'; there are: {known}."
-    return Finding("unknown_parameter", "/params/" + "/".join(path), detail)
-
-
-def _words(outputs: frozenset[Any]) -> str:
-    return ", ".join(sorted(str(output) for output in outputs))
-
-
 def _check_quota(session: Session, principal: Principal, most: int) -> None:
     unfinished = Job.status.not_in(lifecycle.FINISHED)
     active = session.scalar(
@@ -397,22 +329,10 @@ def _replay(session: Session, principal: Principal, used: IdempotencyKey, reques
     return view(session, find(session, principal, used.resource_id))
 
 
-def _sources(
-    session: Session, principal: Principal, dataset_id: str,
-    teacher_files: dict[str, str], student_files: dict[str, str],
-) -> tuple[dict[str, Any], Any]:  # fmt: skip
-    dataset = datasets.get(session, principal, dataset_id)
-    sources = {split: {"files": {"images.zip": about["digest"]}} for split, about in dataset.splits.items()}
-    sources |= {"teacher": {"files": teacher_files}, "student": {"files": student_files}}
-    return sources, plan.shape_of(len(dataset.classes), dataset.smallest_class, dataset.splits)
-
-
-def _store(wiring: Wiring, name: str, value: Any) -> dict[str, str]:
-    """A small JSON document as a blob, as the files of a source."""
-    known = digest(value)
-    if not wiring.blobs.keep(known):
+def _store(wiring: Wiring, name: str, document: Any) -> None:
+    """Keep a small JSON document as a blob."""
+    if not wiring.blobs.keep(digest(document)):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / name
-            path.write_bytes(canonical(value))
+            path.write_bytes(canonical(document))
             wiring.blobs.put(path)
-    return {name: known}

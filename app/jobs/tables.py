@@ -32,6 +32,13 @@ class Job(Base):
     cancel_requested: Mapped[bool] = mapped_column(default=False)
     student_id: Mapped[str | None]
     last_event: Mapped[int] = mapped_column(default=0)  # number of the newest event
+    query_budget: Mapped[int | None]  # most questions to the teacher
+    queries_planned: Mapped[int | None]  # None: the method asks no black box
+    queries_spent: Mapped[int] = mapped_column(default=0, server_default=sa.text("0"))
+    queries_cached: Mapped[int] = mapped_column(default=0, server_default=sa.text("0"))
+    # The two as they were at the newest event, which is how the API shows them.
+    shown_spent: Mapped[int] = mapped_column(default=0, server_default=sa.text("0"))
+    shown_cached: Mapped[int] = mapped_column(default=0, server_default=sa.text("0"))
     created_at: Mapped[float] = mapped_column(default=now())
     started_at: Mapped[float | None]
     finished_at: Mapped[float | None]
@@ -102,6 +109,19 @@ class StageOutput(Base):
     )  # of the student; bundle only
     created_at: Mapped[float] = mapped_column(default=now())
     used_at: Mapped[float] = mapped_column(default=now())
+
+
+class TeacherAnswer(Base):
+    """What a black-box teacher answered to an image: asked again by no later job of the tenant."""
+
+    __tablename__ = "teacher_answers"
+
+    tenant: Mapped[str] = mapped_column(primary_key=True)
+    teacher: Mapped[str] = mapped_column(primary_key=True)  # key of its answers, see BlackBoxSpec.answers_key
+    image: Mapped[str] = mapped_column(primary_key=True)  # digest of its pixels
+    answer: Mapped[bytes]  # float32 [C], see models.teachers.ledger
+    job_id: Mapped[str]  # that paid for it
+    created_at: Mapped[float] = mapped_column(default=now(), index=True)
 
 
 class JobEvent(Base):

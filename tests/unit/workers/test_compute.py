@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import errno
 import io
 import json
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from models.errors import DataError
 from models.methods import METHODS
 from models.pipeline import Method, Params, Stage, StageContext
 from workers import compute
+from workers.asking import PipeLedger
 from workers.compute import Voice
 
 ROOT = Path(__file__).parents[3]
@@ -33,6 +36,22 @@ class Train(Params):
 
 class Toy(Params):
     train: Train = Train()
+
+
+#: Replies to what a stage asks: call, arguments -> document.
+Parent = Callable[[str, dict[str, Any]], dict[str, Any]]
+
+
+class Replies(io.BytesIO):
+    """The child's standard input: each line answers what it has said last."""
+
+    def __init__(self, said: io.BytesIO, parent: Parent) -> None:
+        super().__init__()
+        self._said, self._parent = said, parent
+
+    def readline(self, size: int | None = -1) -> bytes:
+        asked = json.loads(self._said.getvalue().splitlines()[-1])
+        return json.dumps(self._parent(asked["call"], asked["arguments"])).encode() + b"\n"
 
 
 class Bench:
@@ -50,13 +69,16 @@ class Bench:
         path.write_text(content)
         return self.blobs.put(path)
 
-    def run(self, stage: Callable[[StageContext, Any], None], **changed: Any) -> list[dict[str, Any]]:
-        """The messages of one claim."""
+    def run(
+        self, stage: Callable[[StageContext, Any], None], parent: Parent | None = None, **changed: Any
+    ) -> list[dict[str, Any]]:
+        """The messages of one claim, of a stage that asks its teacher where a `parent` is given to reply."""
         method = Method(
             name="toy", title="Toy", source="none", needs=frozenset(), params=Toy,
             stages=(
                 Stage(
-                    "train", stage, output="trained", inputs=("support",), optional=("unlabelled",), params="train"
+                    "train", stage, output="trained", inputs=("support",), optional=("unlabelled",), params="train",
+                    asks=parent is not None,
                 ),
             ),
         )  # fmt: skip
@@ -64,11 +86,12 @@ class Bench:
         claim = {
             "shard_id": "shd_1", "job_id": "job_1", "epoch": 1, "attempt": 1, "method": "toy", "stage": "train",
             "output": "trained", "params": {"steps": 7}, "shape": {"classes": 2, "support": 4, "smallest_class": 2},
-            "seed": 5, "shard": 1, "shards": 3, "checkpoint": None,
+            "seed": 5, "shard": 1, "shards": 3, "checkpoint": None, "headers": {},
             "inputs": {"support": [{"images.zip": self.blob("images")}]},
         } | changed  # fmt: skip
         out = io.BytesIO()
-        compute.run(claim, self.settings, self.blobs, Voice(out), self.work)
+        replies = Replies(out, parent or (lambda call, arguments: {}))
+        compute.run(claim, self.settings, self.blobs, Voice(out, replies), self.work)
         return [json.loads(line) for line in out.getvalue().splitlines()]
 
     def left_behind(self) -> list[Path]:
@@ -337,3 +360,106 @@ def test_what_is_stored_can_be_checked_by_its_name(bench: Bench) -> None:
 
     (done,) = bench.run(stage)
     assert storage.digest_of(bench.blobs.path(done["files"]["weights"])) == done["files"]["weights"]
+
+
+def test_a_stage_that_asks_gets_the_ledger_of_its_parent_and_the_secret_headers(bench: Bench) -> None:
+    seen: list[Any] = []
+
+    def stage(context: StageContext, params: Train) -> None:
+        assert context.access is not None
+        seen.append(dict(context.access.headers))
+        seen.append(context.access.ledger.known("teacher", ["i1", "i2"]))
+        context.access.ledger.reserve(7)
+        assert "hush" not in repr(context)
+
+    results = {"known": {"i2": base64.b64encode(b"four").decode()}, "reserve": None}
+    secret = {"Authorization": "Bearer hush"}
+    *asked, done = bench.run(stage, lambda call, arguments: {"result": results[call]}, headers=secret)
+    assert seen == [secret, {"i2": b"four"}]
+    assert asked == [
+        {"kind": "ask", "call": "known", "arguments": {"teacher": "teacher", "images": ["i1", "i2"]}},
+        {"kind": "ask", "call": "reserve", "arguments": {"count": 7}},
+    ]
+    assert done["kind"] == "done"
+
+
+def test_a_stage_that_does_not_ask_is_given_no_way_to_its_teacher(bench: Bench) -> None:
+    seen: list[Any] = []
+    bench.run(lambda context, params: seen.append(context.access), headers={"Authorization": "Bearer hush"})
+    assert seen == [None]
+
+
+def test_a_budget_that_is_spent_ends_the_stage_in_the_words_of_the_parent(bench: Bench) -> None:
+    def stage(context: StageContext, params: Train) -> None:
+        assert context.access is not None
+        context.access.ledger.reserve(7)
+
+    refused = {"refused": {"detail": "5 of 5 are spent", "hint": "raise query_budget"}}
+    *_, failed = bench.run(stage, lambda call, arguments: refused)
+    assert failed == {
+        "kind": "failed", "code": "query_budget_spent", "detail": "5 of 5 are spent", "hint": "raise query_budget",
+        "retryable": False,
+    }  # fmt: skip
+
+
+def test_a_stage_may_reach_only_what_the_operator_allows(bench: Bench) -> None:
+    """Nothing listens there; the refusal comes before anything is sent."""
+
+    def silent(call: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        raise AssertionError("it asked its ledger")
+
+    def stage(context: StageContext, params: Train) -> None:
+        assert context.access is not None
+        assert context.access.transport is not None
+        context.access.transport.post("http://127.0.0.1:9/", b"", {}, timeout_s=1, max_bytes=1)
+
+    (failed,) = bench.run(stage, silent)
+    assert (failed["code"], failed["retryable"]) == ("destination_refused", False)
+    bench.settings = bench.settings.model_copy(update={"egress_allow": ("127.0.0.1:9",)})
+    (failed,) = bench.run(stage, silent)
+    assert (failed["code"], failed["retryable"]) == ("teacher_unreachable", True)
+
+
+def test_threads_that_ask_at_once_each_hear_their_own_answer(bench: Bench) -> None:
+    heard: dict[int, dict[str, bytes]] = {}
+
+    def stage(context: StageContext, params: Train) -> None:
+        assert context.access is not None
+        ledger = context.access.ledger
+        with ThreadPoolExecutor(8) as threads:
+            asked = range(64)
+            heard.update(zip(asked, threads.map(lambda i: ledger.known("t", [f"i{i}"]), asked), strict=True))
+
+    def echo(call: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        (image,) = arguments["images"]
+        return {"result": {image: base64.b64encode(image.encode()).decode()}}
+
+    bench.run(stage, echo)
+    assert heard == {i: {f"i{i}": f"i{i}".encode()} for i in range(64)}
+
+
+def test_many_answers_go_up_in_several_messages(bench: Bench) -> None:
+    answers = {f"i{i}": bytes([i % 256]) for i in range(1000)}
+
+    def stage(context: StageContext, params: Train) -> None:
+        assert context.access is not None
+        context.access.ledger.record("t", answers)
+        assert context.access.ledger.known("t", list(answers)) == answers
+
+    kept: dict[str, str] = {}
+
+    def parent(call: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        if call == "record":
+            assert len(arguments["answers"]) < 500
+            kept.update(arguments["answers"])
+            return {"result": None}
+        return {"result": {image: kept[image] for image in arguments["images"]}}
+
+    *_, done = bench.run(stage, parent)
+    assert done["kind"] == "done"
+
+
+def test_a_stage_ends_when_its_parent_replies_no_more() -> None:
+    ledger = PipeLedger(lambda kind, **members: None, io.BytesIO())
+    with pytest.raises(ConnectionError):
+        ledger.reserve(1)

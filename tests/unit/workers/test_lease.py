@@ -99,6 +99,11 @@ def test_it_says_when_there_is_no_progress_for_too_long(quick: Wiring) -> None:
     assert lease.keep() == "stalled"
     lease.progress(6, 10, {})
     assert lease.keep() == "go on"
+    time.sleep(0.25)
+    lease.progress(6, 10, {})  # it says that it waits: for a teacher, say
+    assert lease.keep() == "go on"
+    time.sleep(0.25)
+    assert lease.keep() == "stalled"
 
 
 def test_it_is_lost_when_another_worker_has_claimed_the_shard(quick: Wiring) -> None:
