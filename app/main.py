@@ -13,6 +13,7 @@ from app import health, observability, problem
 from app.catalogue import routes as catalogue
 from app.datasets import routes as datasets
 from app.datasets import workspace
+from app.datasets.one_image import ImageReader
 from app.jobs import routes as jobs
 from app.jobs.reader import JobReader
 from app.keys import routes as keys
@@ -35,6 +36,7 @@ def create_app(settings: Settings | None = None, wiring: Wiring | None = None) -
         workspace.clean(wired.settings)
         yield
         app.state.predictor.close()
+        app.state.images.close()
         if wiring is None:
             wired.close()
 
@@ -51,6 +53,7 @@ def create_app(settings: Settings | None = None, wiring: Wiring | None = None) -
     app.state.readiness = health.Readiness(wired)
     app.state.job_reader = JobReader(wired)
     app.state.predictor = Predictor(wired.settings, wired.blobs)
+    app.state.images = ImageReader(wired.settings)
     problem.install(app)
     app.add_middleware(BodyLimits)
     app.add_middleware(observability.Observed, metrics=app.state.metrics)

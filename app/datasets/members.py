@@ -19,12 +19,16 @@ class Member:
 
 @dataclass(frozen=True)
 class Part:
-    """A received file: `size` bytes from `offset` on in the upload's one file. `name`: UTF-8, or not."""
+    """A received file: `size` bytes from `offset` on in the upload's one file. `name`: UTF-8, or not.
+
+    `field`: of the form that it came in.
+    """
 
     name: bytes
     content_type: str
     offset: int
     size: int
+    field: str = ""
 
 
 @dataclass(frozen=True)

@@ -25,14 +25,22 @@ _MAX_FIELDS = 16
 _MAX_FIELD_BYTES = 2**14
 
 
-async def receive(stream: AsyncIterator[bytes], content_type: str, folder: Path, *, max_files: int) -> Upload:
+async def receive(
+    stream: AsyncIterator[bytes],
+    content_type: str,
+    folder: Path,
+    *,
+    max_files: int,
+    max_field_bytes: int = _MAX_FIELD_BYTES,
+) -> Upload:
     """Write the body's files to `folder`. Raises `BadRequest`, `UnsupportedMedia` or `Invalid`."""
     media_type, options = parse_options_header(content_type)
     path = folder / "received"
     with path.open("wb") as file:
         spool = _Spool(file)
         if media_type == b"multipart/form-data":
-            parts, fields = await _receive_form(stream, options.get(b"boundary", b""), spool, max_files)
+            form = _Form(spool, max_files, max_field_bytes)
+            parts, fields = await _receive_form(stream, options.get(b"boundary", b""), spool, form)
         elif media_type in ZIP_TYPES:
             async for chunk in stream:
                 await spool.write(chunk)
@@ -69,11 +77,10 @@ class _Spool:
 
 
 async def _receive_form(
-    stream: AsyncIterator[bytes], boundary: bytes, spool: _Spool, max_files: int
+    stream: AsyncIterator[bytes], boundary: bytes, spool: _Spool, form: _Form
 ) -> tuple[list[Part], dict[str, str]]:
     if not boundary:
         raise _malformed("its Content-Type names no boundary")
-    form = _Form(spool, max_files)
     try:
         parser = MultipartParser(boundary, form.callbacks())  # type: ignore[arg-type]
         async for chunk in stream:
@@ -94,12 +101,13 @@ async def _receive_form(
 class _Form:
     """The parser's callbacks: file content goes to the spool, text fields and headers stay in memory, capped."""
 
-    def __init__(self, spool: _Spool, max_files: int) -> None:
+    def __init__(self, spool: _Spool, max_files: int, max_field_bytes: int) -> None:
         self.parts: list[Part] = []
         self.fields: dict[str, str] = {}
         self.ended = False
         self._spool = spool
         self._max_files = max_files
+        self._max_field_bytes = max_field_bytes
         self._header = (bytearray(), bytearray())
         self._headers: dict[bytes, bytes] = {}
         self._field = ""
@@ -143,8 +151,8 @@ class _Form:
             self._spool.add(data[start:end])
             return
         self._text += data[start:end]
-        if len(self._text) > _MAX_FIELD_BYTES:
-            raise _malformed(f"a text field has more than {_MAX_FIELD_BYTES:,} bytes")
+        if len(self._text) > self._max_field_bytes:
+            raise _malformed(f"a text field has more than {self._max_field_bytes:,} bytes")
 
     def _close(self) -> None:
         if self._file is None:
@@ -152,7 +160,7 @@ class _Form:
             return
         name, offset = self._file
         content_type = self._headers.get(b"content-type", b"").decode("latin-1")
-        self.parts.append(Part(name, content_type, offset, self._spool.size - offset))
+        self.parts.append(Part(name, content_type, offset, self._spool.size - offset, self._field))
 
     def _end(self) -> None:
         self.ended = True

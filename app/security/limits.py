@@ -24,6 +24,8 @@ from app.wiring import Wiring
 SMALL_BODY = 2**20
 #: Seconds in which the rest of a refused body is read and thrown away, so that the client gets to see the answer.
 LINGER_S = 2.0
+#: A teacher's description: 10,000 class names of 100 characters of 4 bytes.
+MAX_SPEC_BYTES = 5 * 2**20
 _FORM_OVERHEAD = 2**16
 
 #: Routes that take files: method, path, largest body.
@@ -34,6 +36,12 @@ UPLOADS: tuple[tuple[str, re.Pattern[str], Callable[[Settings], int]], ...] = (
         re.compile(r"/v1/students/[^/]+/predict"),
         lambda settings: settings.max_image_bytes + _FORM_OVERHEAD,
     ),
+    (
+        "POST",
+        re.compile(r"/v1/teachers"),
+        lambda settings: settings.max_model_bytes + MAX_SPEC_BYTES + _FORM_OVERHEAD,
+    ),
+    ("POST", re.compile(r"/v1/teachers/[^/]+/probe"), lambda settings: settings.max_image_bytes),
 )
 
 

@@ -10,7 +10,7 @@ import base64
 import binascii
 import os
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
@@ -25,8 +25,6 @@ KEY_BYTES = 32
 KEY_FILE = "secret.key"
 _NONCE_BYTES = 12
 _VERSION = "v1."
-#: What an error message may repeat of a secret without telling it.
-_SHORTEST_REDACTED = 4
 
 
 class SecretBox:
@@ -82,14 +80,6 @@ class SecretBox:
             "store the secret again.",
             code="secret_unreadable",
         )
-
-
-def redacted(text: str, values: Iterable[str]) -> str:
-    """The text without these secrets or their words ("Bearer abc" tells abc): what an endpoint repeats of them."""
-    words = {part for value in values for part in (value, *value.split()) if len(part) >= _SHORTEST_REDACTED}
-    for word in sorted(words - {"Bearer", "Basic", "Token"}, key=len, reverse=True):
-        text = text.replace(word, "[secret]")
-    return text
 
 
 def _given(settings: Settings) -> list[bytes]:
