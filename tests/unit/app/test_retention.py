@@ -21,6 +21,7 @@ from app.jobs import lifecycle, plan
 from app.jobs.tables import IdempotencyKey, Job, JobStage, Shard, StageOutput, Worker
 from app.storage import YOUNG_S, LocalStore
 from app.students.tables import Student
+from app.teachers.tables import Teacher
 from app.wiring import Wiring
 from models.pipeline import JobShape, Method, Params, Stage
 from tests.service.stack import few_shot_zip
@@ -153,6 +154,27 @@ def test_whatever_a_row_names_stays_however_old_it_is(wiring: Wiring) -> None:
     assert retention.sweep(wiring) == 1
     assert not wiring.blobs.exists(orphan)
     assert [name for name, digest in named.items() if not wiring.blobs.exists(digest)] == []
+
+
+def add_teacher(session: Session, model: str, deleted_at: float | None = None) -> None:
+    session.add(
+        Teacher(
+            id=ids.new("tch"), tenant="t", title="own", kind="onnx", spec={}, files={"model.onnx": model},
+            header_names=[], secret=None, probe=None, deleted_at=deleted_at,
+        )
+    )  # fmt: skip
+
+
+def test_a_model_stays_as_long_as_its_teacher_lives_or_a_job_names_it(wiring: Wiring) -> None:
+    named = {name: blob(wiring, name) for name in ("of a live teacher", "of an unfinished job", "of nobody")}
+    with wiring.database.writing() as session:
+        add_teacher(session, named["of a live teacher"])
+        add_teacher(session, named["of an unfinished job"], deleted_at=LONG_AGO)
+        add_teacher(session, named["of nobody"], deleted_at=LONG_AGO)
+        files = {"teacher.json": blob(wiring, "spec"), "model.onnx": named["of an unfinished job"]}
+        add_job(session, "running", sources={"teacher": {"files": files}})
+    assert retention.sweep(wiring) == 1
+    assert [name for name, digest in named.items() if not wiring.blobs.exists(digest)] == ["of nobody"]
 
 
 def test_the_images_of_a_deleted_data_set_that_no_job_used_go(wiring: Wiring) -> None:
