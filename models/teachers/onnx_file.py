@@ -142,12 +142,13 @@ class OnnxFile:
             self._sandbox.close()
 
     def _opened(self) -> _Sandbox:
-        if self._sandbox is None or not self._sandbox.alive:
-            if self._sandbox is not None:
-                self._sandbox.close()
-            self._sandbox = _Sandbox(self._path, self._limits, "trust", self._spec.source)
-        if self._closed:
+        if self._sandbox is not None and not self._sandbox.alive:
             self._sandbox.close()
+            self._sandbox = None
+        if self._sandbox is None and not self._closed:
+            self._sandbox = _Sandbox(self._path, self._limits, "trust", self._spec.source)
+        if self._sandbox is None or self._closed:
+            self.close()  # perhaps while it was loading
             raise TeacherError(f"the teacher '{self._spec.name}' is closed")
         return self._sandbox
 

@@ -15,6 +15,7 @@ import ctypes
 import json
 import math
 import os
+import re
 import resource
 import signal
 import struct
@@ -29,8 +30,8 @@ from typing import Any, BinaryIO
 HEADER = struct.Struct(">II")
 #: Most bytes of one request and of one answer.
 MAX_PAYLOAD = 1 << 27
-#: A graph in memory is the file several times over: bytes, protobuf, tensors, and once more while it is optimised.
-COPIES_OF_FILE = 6
+#: A graph in memory is the file several times over: bytes, protobuf, tensors; 3.5 times as measured with 381 MiB.
+COPIES_OF_FILE = 4
 
 _PR_SET_PDEATHSIG = 1
 _STANDARD = ("", "ai.onnx", "ai.onnx.ml")  # operator domains that onnxruntime answers for without libraries
@@ -291,8 +292,10 @@ def check_memory(error: Exception) -> None:
 
 
 def brief(error: Exception) -> str:
-    """The first lines of an error without the places in foreign source code."""
+    """An error in at most 300 characters, without onnxruntime's codes and the places in its source code."""
     text = " ".join(str(error).split()) or type(error).__name__
+    text = re.sub(r"\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text)
+    text = re.sub(r"/\S+\.(?:h|cc|cpp):\d+ .*?\)(?: const)? ", "", text)
     return text if len(text) <= 300 else f"{text[:297]}..."
 
 

@@ -23,6 +23,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from models.errors import TeacherError
+from models.teachers import onnx_file
 from models.teachers.black_box import AnswerKind, InputFormat, OnnxTeacher, Pixels
 from models.teachers.onnx_file import Limits, OnnxFile, inspect
 
@@ -332,6 +333,11 @@ def _batch_of_one_inside() -> onnx.ModelProto:
     return _model(nodes, [FOUR], outputs=[_value("probabilities", [1, 3])])
 
 
+def _reshaped_to_one() -> onnx.ModelProto:
+    reshape = helper.make_node("Reshape", ["logits", "shape"], ["probabilities"])
+    return _model([*_mean_colour(), reshape], [FOUR, _constant("shape", [1, 3])])
+
+
 def _wrong_types() -> onnx.ModelProto:
     model = _good()
     model.graph.initializer.append(_constant("more", [[1, 2, 3]]))
@@ -384,7 +390,7 @@ BAD: dict[str, tuple[Callable[[], onnx.ModelProto | bytes], str]] = {
     "billion_laughs": (lambda: _function_chain(12, 10), "more than 50,000 operators"),
     "deep": (lambda: _nested(20), "nested deeper than 16"),
     "invalid": (_wrong_types, "checker finds the file invalid"),
-    "unknown_opset": (_from_the_future, "opset"),
+    "unknown_opset": (_from_the_future, "Opset 9999"),
     "two_inputs": (_two_inputs, "has 2 inputs: 'image'"),
     "flat_input": (_input(["N", 108]), "must have four dimensions"),
     "integer_input": (_input(["N", 3, SIZE, SIZE], TensorProto.INT64), "must take float32, float16 or uint8"),
@@ -393,6 +399,7 @@ BAD: dict[str, tuple[Callable[[], onnx.ModelProto | bytes], str]] = {
     "no_answers": (_embedding_only, "no output of the shape [N, classes]: it has 'features'"),
     "nan": (_nan, "NaN or infinity for an image of noise"),
     "softmax_over_batch": (_softmax_over_batch, "softmax over the classes, not over the batch"),
+    "reshaped_to_one": (_reshaped_to_one, "the graph fails on 2 image(s) of shape [3, 6, 6]"),
     "batch_of_one_inside": (_batch_of_one_inside, "shape [1, 3], expected [2, 3]"),
 }
 
@@ -413,6 +420,12 @@ def test_an_endless_loop_is_ended(tmp_path: Path) -> None:
     with pytest.raises(TeacherError, match=r"answering 1 image\(s\) took longer than 0.5 s"):
         inspect(path, Limits(call_s=0.5))
     assert time.monotonic() - started < 10
+
+
+def test_loading_has_its_time_too(tmp_path: Path) -> None:
+    path = _saved(tmp_path, _good())
+    with pytest.raises(TeacherError, match=r"loading the teacher took longer than 0.02 s"):
+        inspect(path, Limits(load_s=0.02))
 
 
 def test_what_was_stated_must_fit_the_graph(tmp_path: Path) -> None:
@@ -519,6 +532,29 @@ def test_the_child_outlives_the_thread_that_asked_but_not_the_process(tmp_path: 
         process.kill()
     assert first == second
     child.wait(5)
+
+
+HOSTILE = {
+    "endless_header": "send(2**32 - 1, 2**32 - 1, b'')",
+    "no_json": "send(3, 0, b'abc')",
+    "no_facts": "send(2, 0, b'{}'); sys.stdout.flush(); time.sleep(60)",
+    "half_a_frame": "send(100, 0, b'{')",
+}
+
+
+@pytest.mark.parametrize("name", list(HOSTILE))
+def test_a_child_that_was_taken_over_is_not_believed(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import struct, sys, time\n"
+        "def send(header, payload, rest): sys.stdout.buffer.write(struct.pack('>II', header, payload) + rest)\n"
+        + HOSTILE[name]
+    )
+    monkeypatch.setattr(onnx_file, "PROGRAM", program)
+    with pytest.raises(TeacherError, match=r"the teacher's process ended \((exit status 0|signal SIGKILL)\)"):
+        inspect(_saved(tmp_path, _good()), LIMITS)
 
 
 def test_the_child_can_neither_write_nor_find_files(tmp_path: Path) -> None:
