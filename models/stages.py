@@ -5,7 +5,7 @@ An artefact is a folder; what lies in it:
 | artefact         | files |
 |---|---|
 | teacher_answers  | `answers.safetensors` "features" [n, D], "image" [n], "view" [n, 5]; `answers.json` |
-| soft_labels      | `head.safetensors`, `head.json` (the few-shot head); `soft_labels.safetensors` (logits) |
+| soft_labels      | `soft_labels.safetensors` (logits), `soft_labels.json` (classes); `head.safetensors`, `head.json` |
 | trained_student  | `student.json`, `weights.safetensors`, `history.json` |
 | cross_validation | `predictions.safetensors` "student", "teacher" [n, C] probabilities, "labels", "index" [n] |
 | teacher_on_test  | `probabilities.safetensors` "probabilities" [n, C], "labels" [n] |
@@ -221,6 +221,7 @@ LABEL = Stage(
     queue="cpu",
     seeded=False,
     weight=0.1,
+    version=2,
 )
 DISTILL = Stage(
     "distill",
@@ -282,6 +283,7 @@ EVALUATE = Stage(
     queue="cpu",
     seeded=False,
     weight=0.5,
+    version=2,
 )
 BUNDLE = Stage(
     "bundle",
@@ -292,4 +294,5 @@ BUNDLE = Stage(
     queue="cpu",
     seeded=False,
     weight=0.1,
+    version=2,
 )

@@ -42,9 +42,6 @@ class SynthesisParams(Params):
         description="mixup_cvae: MixUp, and the CVAE's images instead of mixes that are nearly an original (the "
         "paper). mixup_cutmix: half each.",
     )
-    size: int | None = Field(
-        None, ge=28, le=128, description="Their side in pixels. Empty: the teacher's, at most 64."
-    )
     beta: float = Field(1.0, gt=0, le=10, description="Parameter of the Beta distribution of a mix's shares.")
     margin: float = Field(
         0.05, ge=0, lt=0.5, description="A mix whose share of one image is at most this is nearly the other."
@@ -57,12 +54,22 @@ class SynthesisParams(Params):
         "answers is least sure are chosen.",
     )
 
+    @property
+    def made(self) -> int:
+        """How many images are made, asked about or not."""
+        return round(self.images * self.pool)
+
 
 class CvaeParams(Params):
     """The conditional variational auto-encoder."""
 
     latent: int = Field(2, ge=1, le=256, description="Length of the latent code.")
-    epochs: int = Field(600, ge=1, le=10_000, description="Passes over the real images.")
+    epochs: int | None = Field(
+        None,
+        ge=1,
+        le=10_000,
+        description="Passes over the real images. Empty: 100 for images below 32 pixels, else 600.",
+    )
     batch_size: int = Field(64, ge=2, le=1024, description="Images in a batch.")
     lr: float = Field(1e-3, gt=0, le=1, description="Adam's learning rate.")
     outside: float = Field(
@@ -73,9 +80,15 @@ class CvaeParams(Params):
     )
 
 
-class AnswerParams(Params):
-    """How the teacher's answers become soft labels."""
+class BlackBoxParams(Params):
+    """What the teacher is asked, and how its answers are read."""
 
+    size: int | None = Field(
+        None,
+        ge=28,
+        le=128,
+        description="Side in pixels of the images that are made. Empty: the teacher's, from 28 to 64.",
+    )
     label_smoothing: float = Field(
         0.1, ge=0, lt=1, description="Of a teacher that only names a label: the share of all other classes."
     )
@@ -105,15 +118,17 @@ class StudentParams(stages.DistillationParams):
 
 
 class FsbbtParams(Params):
+    black_box: BlackBoxParams = Field(
+        BlackBoxParams(), description="What the teacher is asked, and how its answers are read."
+    )
     synthesis: SynthesisParams = Field(SynthesisParams(), description="The images that are made.")
     cvae: CvaeParams = Field(CvaeParams(), description="The generator of images that are no mixes.")
-    answers: AnswerParams = Field(AnswerParams(), description="How answers become soft labels.")
     distillation: StudentParams = Field(StudentParams(), description="How the student is trained.")
     export: stages.ExportParams = Field(stages.ExportParams(), description="The student's file.")
     evaluation: stages.EvaluationParams = Field(stages.EvaluationParams(), description="The report.")
 
 
-def introduce(context: StageContext, params: AnswerParams) -> None:
+def introduce(context: StageContext, params: BlackBoxParams) -> None:
     from models.teachers import black_box_questions
 
     black_box_questions.introduce(context, params)
@@ -149,10 +164,10 @@ def ask_synthetic(context: StageContext, params: None) -> None:
     black_box_questions.ask_synthetic(context)
 
 
-def collect(context: StageContext, params: AnswerParams) -> None:
+def collect(context: StageContext, params: None) -> None:
     from models.teachers import black_box_questions
 
-    black_box_questions.collect(context, params)
+    black_box_questions.collect(context)
 
 
 def hold_out(context: StageContext, params: None) -> None:
@@ -165,11 +180,6 @@ def examine(context: StageContext, params: None) -> None:
     from models.teachers import black_box_questions
 
     black_box_questions.examine(context)
-
-
-def made(params: FsbbtParams) -> int:
-    """How many synthetic images are made, asked about or not."""
-    return round(params.synthesis.images * params.synthesis.pool)
 
 
 def queries(shape: JobShape, params: FsbbtParams) -> int:
@@ -198,8 +208,8 @@ METHOD = Method(
             introduce,
             output="black_box",
             inputs=("teacher",),
-            optional=("support",),
-            params="answers",
+            optional=("support", "unlabelled", "test"),
+            params="black_box",
             seeded=False,
             weight=0.2,
         ),
@@ -228,10 +238,10 @@ METHOD = Method(
             "synthesise",
             synthesise,
             output="synthetic",
-            inputs=("black_box", "real_answers"),
+            inputs=("black_box",),
             optional=("support", "unlabelled", "cvae"),
             params="synthesis",
-            shards=lambda shape, params: _parts(made(params)),
+            shards=lambda shape, params: _parts(params.synthesis.made),
             needed=lambda shape, params: params.synthesis.images > 0,
             weight=1.0,
         ),
@@ -263,8 +273,8 @@ METHOD = Method(
             output="soft_labels",
             inputs=("black_box", "real_answers"),
             optional=("support", "unlabelled", "synthetic_answers"),
-            params="answers",
             queue="cpu",
+            seeded=False,
             weight=0.1,
         ),
         stages.DISTILL.given("synthetic"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,8 +34,19 @@ def load(folder: Path) -> SoftLabels:
     return SoftLabels(**load_file(folder / "soft_labels.safetensors"))
 
 
+def save_classes(folder: Path, classes: tuple[str, ...]) -> None:
+    """Write the names of the logits' columns beside `SoftLabels`."""
+    document = json.dumps({"classes": list(classes)}, ensure_ascii=False)
+    (folder / "soft_labels.json").write_text(document)
+
+
+def read_classes(folder: Path) -> tuple[str, ...]:
+    """The names of the columns of a `soft_labels` artefact: the student's classes."""
+    return tuple(json.loads((folder / "soft_labels.json").read_text())["classes"])
+
+
 def label(context: StageContext, params: HeadParams) -> None:
-    """Fit the head to the support images' features and apply it to all. Writes the head and `SoftLabels`."""
+    """Fit the head to the support images' features and apply it to all. Writes head, `SoftLabels` and classes."""
     support = context.folder("support")
     labels = fewshot.read_labels(support)
     count = context.shape.support + context.shape.unlabelled
@@ -45,6 +57,7 @@ def label(context: StageContext, params: HeadParams) -> None:
     head = few_shot_head.fit(features, all_labels[image], image, centre, params, classes, size)
     head.save(context.output)
     SoftLabels(head.logits(features), image, view).save(context.output)
+    save_classes(context.output, classes)
     context.report(1, 1)
 
 

@@ -68,6 +68,19 @@ def examine(context: StageContext) -> None:
     save_file(document, context.output / "probabilities.safetensors")
 
 
+def features_of_support(
+    context: StageContext, teacher: Teacher, params: TeacherParams
+) -> tuple[Features, Tensor]:
+    """Features [n, D] of all views of the labelled images, and the image [n] that each row shows."""
+    positions = range(context.shape.support)
+    features, image = [], []
+    for seen, at, _ in _batches(_questions(context, params, positions)):
+        features.append(_embed(teacher, seen))
+        image.append(at)
+        context.report(sum(map(len, image)), _count(context, params, positions))
+    return torch.cat(features), torch.cat(image)
+
+
 def read_answers(folders: tuple[Path, ...], images: int) -> tuple[Features, Tensor, Views, int]:
     """All shards' features [n, D], image positions [n], views [n, 5], and the size the teacher saw."""
     shards = [load_file(folder / "answers.safetensors") for folder in folders]

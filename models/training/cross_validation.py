@@ -28,7 +28,8 @@ def cross_validate(context: StageContext, params: DistillationParams) -> None:
     name = students.read_name(context.folder("student"))
     size = params.input_size or students.spec_of(name).input_size
     device = resolve_device(context.device)
-    pixels, labels, classes = distillation.read_images(context, size)
+    pixels, labels = distillation.read_images(context, size)
+    classes = labelling.read_classes(context.folder("soft_labels"))
     features, image, view, _ = questions.read_answers(context.inputs["teacher_answers"], len(labels))
     support = int((labels >= 0).sum())
     held = fewshot.stratified_folds(labels[:support], context.shards, context.seed) == context.shard

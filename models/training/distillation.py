@@ -1,10 +1,10 @@
-"""DISTILL: train a student on the teacher's labels of the support and unlabelled images."""
+"""DISTILL: train a student on the teacher's labels of support, unlabelled and synthetic images."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from models import students
 from models.arrays import Labels, Logits, Pixels, Views
 from models.data import augment, fewshot, images
 from models.errors import TrainingError
+from models.generators import shards
 from models.pipeline import Checkpoints, Report, StageContext
 from models.runtime import generator, resolve_device, seed_weights
 from models.stages import DistillationParams
@@ -23,6 +24,8 @@ from models.teachers import labelling
 from models.training import losses
 from models.training.checkpoint import History
 from models.training.loop import Schedule, fit
+
+_RESIZED_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
@@ -50,10 +53,10 @@ class TrainingSet:
     ) -> tuple[Tensor, Tensor]:
         """Image indices [B] and rows [B] of one of their first `views` views.
 
-        A share of the batch comes from the support, the rest from all images.
+        A share of the batch comes from the support, where there is one, the rest from all images.
         """
-        count = round(batch_size * support_share) if self.support < len(self.labels) else 0
-        labelled = torch.randint(self.support, (count,), generator=random)
+        count = round(batch_size * support_share) if 0 < self.support < len(self.labels) else 0
+        labelled = torch.randint(max(1, self.support), (count,), generator=random)
         rest = torch.randint(len(self.labels), (batch_size - count,), generator=random)
         chosen = torch.cat([labelled, rest])
         numbers = torch.rand(batch_size, generator=random, dtype=torch.float64)
@@ -123,12 +126,26 @@ def one_hot(labels: Labels, classes: int) -> Tensor:
     return functional.one_hot(labels.clamp(min=0), classes).float() * (labels >= 0).float()[:, None]
 
 
-def read_images(context: StageContext, size: int) -> tuple[Pixels, Labels, tuple[str, ...]]:
-    """Support images, then unlabelled ones: pixels [N, 3, size, size], labels [N] with -1, class names."""
+def read_images(context: StageContext, size: int) -> tuple[Pixels, Labels]:
+    """Support images, then unlabelled ones: pixels [N, 3, size, size], labels [N] with -1."""
     names = [name for name in ("support", "unlabelled") if name in context.inputs]
     splits = [fewshot.load(context.folder(name), size) for name in names]
-    pixels = torch.cat([split.pixels for split in splits])
-    return pixels, torch.cat([split.labels for split in splits]), splits[0].classes
+    return torch.cat([split.pixels for split in splits]), torch.cat([split.labels for split in splits])
+
+
+def read_training_set(context: StageContext, size: int, device: torch.device) -> TrainingSet:
+    """Support, unlabelled and synthetic images with the teacher's labels; those without any are left out."""
+    pixels, labels = read_images(context, size)
+    soft = labelling.load(context.folder("soft_labels"))
+    learnt, image = torch.unique(soft.image, return_inverse=True)
+    real = learnt[learnt < len(labels)]
+    if "synthetic" in context.inputs:
+        synthetic = shards.pixels_at(context.inputs["synthetic"], learnt[len(real) :] - len(labels))
+        pixels = torch.cat([pixels[real], squeezed(synthetic, size)])
+        labels = torch.cat([labels[real], torch.full((len(synthetic),), -1)])
+    elif len(real) < len(labels):
+        pixels, labels = pixels[real], labels[real]
+    return training_set(pixels, labels, replace(soft, image=image), device)
 
 
 def distill(context: StageContext, params: DistillationParams) -> None:
@@ -136,8 +153,8 @@ def distill(context: StageContext, params: DistillationParams) -> None:
     name = students.read_name(context.folder("student"))
     size = params.input_size or students.spec_of(name).input_size
     device = resolve_device(context.device)
-    pixels, labels, classes = read_images(context, size)
-    data = training_set(pixels, labels, labelling.load(context.folder("soft_labels")), device)
+    classes = labelling.read_classes(context.folder("soft_labels"))
+    data = read_training_set(context, size, device)
     network = new_student(name, len(classes), size, context.seed, device)
     trained, history = train(network, data, params, context.seed, context.report, context.checkpoints)
     save_student(context.output, trained, name, size, classes, {**params.model_dump(), "seed": context.seed})
@@ -158,6 +175,15 @@ def save_student(
     document = {"name": name, "input_size": size, "classes": classes, "mean": images.MEAN, "std": images.STD}
     document["trained_with"] = dict(trained_with)
     (folder / "student.json").write_text(json.dumps(document, ensure_ascii=False, indent=1))
+
+
+def squeezed(pixels: Pixels, size: int) -> Pixels:
+    """uint8 [N, 3, size, size], a part at a time: as floats all images would take four times the memory."""
+    if pixels.shape[-1] == size:
+        return pixels
+    return torch.cat(
+        [images.to_pixels(images.resize(part, size)) for part in torch.split(pixels, _RESIZED_AT_ONCE)]
+    )
 
 
 def _mix(
