@@ -1,4 +1,5 @@
-"""Forgets what nobody needs any more: old stage outputs, idempotency keys, worker rows, and blobs without a row."""
+"""Forgets what nobody needs any more: old stage outputs, teachers' answers, idempotency keys, worker rows, and blobs
+without a row."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from sqlalchemy.orm import Session
 from app.datasets.tables import Dataset
 from app.db import now
 from app.jobs.lifecycle import DONE, FINISHED
-from app.jobs.tables import IdempotencyKey, Job, Shard, StageOutput, Worker
+from app.jobs.tables import IdempotencyKey, Job, Shard, StageOutput, TeacherAnswer, Worker
 from app.storage import YOUNG_S
 from app.students.tables import Student
 from app.teachers.tables import Teacher
@@ -30,7 +31,8 @@ def sweep(wiring: Wiring) -> int:
         in_use = sa.select(Shard.key).join(Job, Shard.job_id == Job.id).where(Job.status.not_in(FINISHED))
         old = sa.and_(StageOutput.used_at < now() - age, StageOutput.key.not_in(in_use))
         session.execute(sa.delete(StageOutput).where(old))
-        session.execute(sa.delete(IdempotencyKey).where(IdempotencyKey.created_at < now() - age))
+        for table in (IdempotencyKey, TeacherAnswer):
+            session.execute(sa.delete(table).where(table.created_at < now() - age))
         session.execute(sa.delete(Worker).where(Worker.seen_at < now() - _WORKER_MEMORY_S))
     candidates = list(wiring.blobs.older_than(YOUNG_S))
     with wiring.database.reading() as session:

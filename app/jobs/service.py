@@ -329,10 +329,12 @@ def _replay(session: Session, principal: Principal, used: IdempotencyKey, reques
     return view(session, find(session, principal, used.resource_id))
 
 
-def _store(wiring: Wiring, name: str, document: Any) -> None:
-    """Keep a small JSON document as a blob."""
-    if not wiring.blobs.keep(digest(document)):
+def _store(wiring: Wiring, name: str, document: Any) -> str:
+    """Keep a small JSON document as a blob; its digest."""
+    known = digest(document)
+    if not wiring.blobs.keep(known):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / name
             path.write_bytes(canonical(document))
             wiring.blobs.put(path)
+    return known
