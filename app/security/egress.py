@@ -373,7 +373,10 @@ def _exchange(
         event = talk.next_event()
         if event is h11.NEED_DATA:
             sock.settimeout(_left(until))
-            talk.receive_data(sock.recv(_PIECE))
+            data = sock.recv(_PIECE)
+            if not data and head is None:
+                raise ConnectionResetError
+            talk.receive_data(data)
         elif isinstance(event, h11.Response):
             head = event
         elif isinstance(event, h11.Data):
