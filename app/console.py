@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from rich.console import Console
@@ -47,6 +48,16 @@ def note(text: str) -> None:
     err.print(Text(text))
 
 
+def print_json(document: Any) -> None:
+    """The service's answer, for a script."""
+    print(json.dumps(document, indent=2, ensure_ascii=False))
+
+
+def millions(number: Any) -> str:
+    """A count as millions; empty where there is none."""
+    return f"{number / 1e6:.2f} M" if isinstance(number, int | float) and number else ""
+
+
 def error(failure: Exception) -> None:
     """An error with everything the service said about it."""
     if not isinstance(failure, DramApiError):
@@ -81,7 +92,8 @@ def job_failure(job: Job) -> None:
 def dataset(made: Dataset) -> None:
     """A data set and what was found in it."""
     splits = ", ".join(f"{split.get('images', '?')} {name}" for name, split in made.splits.items())
-    out.print(Text(f"{made.id}  {made.name}: {len(made.classes)} classes ({splits})"))
+    classes = f"{len(made.classes)} classes" if made.classes else "no classes"
+    out.print(Text(f"{made.id}  {made.name}: {classes} ({splits})"))
     for remark in made.report.get("warnings", []):
         note(f"  {remark.get('detail', remark) if isinstance(remark, dict) else remark}")
 
@@ -91,24 +103,27 @@ def prediction(seen: Prediction) -> None:
 
 
 def report(found: dict[str, Any]) -> None:
-    """Student beside teacher: accuracy, size, speed."""
+    """Student beside teacher: accuracy, size, speed, as far as they are known."""
     student, teacher, latency = found["student"], found["teacher"], found["latency"]
     rows = [
-        ("accuracy", _interval(student["accuracy"]), _interval(teacher["accuracy"])),
-        ("parameters", f"{student['parameters']:,}", f"{teacher['parameters']:,}"),
-        ("file", _size(student["bytes"]), _size(teacher["bytes"])),
-        ("one image", *(f"{latency[name]['median_ms']:.2f} ms" for name in ("student", "teacher"))),
+        ("accuracy", *(_known(network["accuracy"], _interval) for network in (student, teacher))),
+        ("parameters", *(_known(network["parameters"], "{:,}".format) for network in (student, teacher))),
+        ("file", *(_known(network["bytes"], _size) for network in (student, teacher))),
+        ("one image", *(_known(latency[name], _median) for name in ("student", "teacher"))),
     ]
-    table(("", f"student {student['name']}", f"teacher {teacher['name']}"), rows)
-    ratio = found["compression"]
-    out.print(
-        Text(
-            f"{_times(ratio['bytes'], 'smaller', 'larger')}, "
-            f"{_times(latency['speedup']['value'], 'faster', 'slower')} "
-            f"({latency['runtime']}, {latency['threads']} thread); "
-            f"agreement with the teacher {_interval(found['agreement'])}"
-        )
-    )
+    black_box = teacher.get("black_box")  # reports of earlier versions do not say
+    shown = teacher["title"] if black_box else teacher["name"]
+    table(("", f"student {student['name']}", f"teacher {shown}"), rows)
+    if black_box:
+        size = "" if teacher["bytes"] else ", its size is not known"
+        out.print(Text(f"Teacher: a black box{size}; {latency['teacher_note']}."))
+    ratio, faster = found["compression"]["bytes"], latency["speedup"]
+    gains = [] if ratio is None else [_times(ratio, "smaller", "larger")]
+    if faster is not None:
+        how = f"({latency['runtime']}, {latency['threads']} thread)"
+        gains.append(f"{_times(faster['value'], 'faster', 'slower')} {how}")
+    agreement = f"agreement with the teacher {_interval(found['agreement'])}"
+    out.print(Text("; ".join([", ".join(gains), agreement] if gains else [agreement])))
     if found["int8"]["asked"]:
         out.print(
             Text(f"int8: {'made' if found['int8']['accepted'] else 'refused'}, {found['int8']['reason']}")
@@ -179,6 +194,15 @@ def _times(ratio: float, good: str, bad: str) -> str:
 def _interval(share: dict[str, Any]) -> str:
     """A share with its 95 % interval."""
     return f"{share['value']:.1%} [{share['low']:.1%}, {share['high']:.1%}]"
+
+
+def _known(value: Any, words: Callable[[Any], str]) -> str:
+    return "not known" if value is None else words(value)
+
+
+def _median(timed: dict[str, Any]) -> str:
+    """Of the times of one image."""
+    return f"{timed['median_ms']:.2f} ms"
 
 
 def _size(count: int) -> str:

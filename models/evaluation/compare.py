@@ -58,15 +58,18 @@ class Mistake:
 
 @dataclass(frozen=True)
 class Disagreement:
-    """An image to which student and teacher give different answers. `right`: student, teacher or neither."""
+    """An image to which student and teacher give different answers. `right`: student, teacher or neither.
+
+    `label` and `right` are None where the image's class is not known.
+    """
 
     image: str
-    label: str
+    label: str | None
     student: str
     student_score: float
     teacher: str
     teacher_score: float
-    right: str
+    right: str | None
 
 
 def agreement(first: Ints, second: Ints) -> Agreement:
@@ -126,7 +129,10 @@ def worst_mistakes(
 def disagreements(
     student: Scores, teacher: Scores, labels: Ints, names: Sequence[str], classes: Sequence[str], count: int
 ) -> list[Disagreement]:
-    """The images on which student and teacher differ most (total variation of their scores), most first."""
+    """The images on which student and teacher differ most (total variation of their scores), most first.
+
+    `labels` int [N], -1: none.
+    """
     ours, theirs = student.argmax(1), teacher.argmax(1)
     distance = np.abs(student - teacher).sum(1) / 2
     apart = np.flatnonzero(ours != theirs)
@@ -134,12 +140,12 @@ def disagreements(
     return [
         Disagreement(
             names[row],
-            classes[labels[row]],
+            classes[labels[row]] if labels[row] >= 0 else None,
             classes[ours[row]],
             float(student[row, ours[row]]),
             classes[theirs[row]],
             float(teacher[row, theirs[row]]),
-            _who(ours[row] == labels[row], theirs[row] == labels[row]),
+            _who(ours[row] == labels[row], theirs[row] == labels[row]) if labels[row] >= 0 else None,
         )
         for row in ordered
     ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -68,6 +68,17 @@ def interleaved(
         if collecting:
             gc.enable()
     return seconds
+
+
+def alone(answer: Callable[[], object], runs: int, most_s: float) -> NDArray[np.float64]:
+    """Seconds [at most `runs`] of each call of `answer`, for about `most_s` seconds; the first call is not counted."""
+    answer()
+    seconds: list[float] = []
+    while len(seconds) < runs and (not seconds or sum(seconds) < most_s):
+        start = time.perf_counter()
+        answer()
+        seconds.append(time.perf_counter() - start)
+    return np.array(seconds)
 
 
 def summary(seconds: NDArray[np.float64]) -> Latency:

@@ -29,6 +29,7 @@ from models import teachers
 from models.data import archive
 from models.export import model_card, onnx_graph
 from models.pipeline import StageContext
+from models.teachers import TeacherSpec
 
 FILE_NAME = "bundle.zip"
 SCHEMA_VERSION = 1
@@ -54,7 +55,7 @@ def run(context: StageContext, params: None) -> None:
     report = _read(context.folder("report") / "report.json")
     export = _read(exported / onnx_graph.EXPORT_FILE_NAME)
     student = _read(context.folder("trained_student") / "student.json")
-    spec = teachers.read_spec(context.folder("teacher"))
+    spec = teachers.read_any(context.folder("teacher"))
     preprocess = preprocessing(student, export)
 
     models = [onnx_graph.FILE_NAME, *([onnx_graph.INT8_FILE_NAME] if report["int8"]["accepted"] else [])]
@@ -121,13 +122,13 @@ def manifest(context: StageContext, export: Mapping[str, Any], student: Mapping[
             "sha256": _sha256(context.folder(name) / archive.FILE_NAME),
             "images": len(archive.read_index(context.folder(name) / archive.FILE_NAME).images),
         }
-        for name in ("support", "test")
+        for name in ("support", "unlabelled", "test")
         if name in context.inputs
     }
     return {
         "schema_version": SCHEMA_VERSION,
-        "data": images | {"unlabelled": {"images": context.shape.unlabelled}},
-        "teacher": json.loads((context.folder("teacher") / "teacher.json").read_text(encoding="utf-8")),
+        "data": {"unlabelled": {"images": 0}} | images,
+        "teacher": teacher_of(context),
         "student": {name: student[name] for name in sorted(student) if name != "classes"},
         "classes": len(student["classes"]),
         "seed": context.seed,
@@ -138,6 +139,13 @@ def manifest(context: StageContext, export: Mapping[str, Any], student: Mapping[
         },
         "versions": {"python": platform.python_version(), **_versions()},
     }
+
+
+def teacher_of(context: StageContext) -> dict[str, Any]:
+    """The whole spec of a network. Of a black box only what its owner wants told: its source may be private."""
+    spec = teachers.read_any(context.folder("teacher"))
+    told = None if isinstance(spec, TeacherSpec) else {"title", "kind", "licence", "licence_url"}
+    return spec.model_dump(mode="json", include=told)
 
 
 def golden_of(golden: dict[str, Any], models: Iterable[str]) -> dict[str, Any]:

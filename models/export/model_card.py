@@ -6,15 +6,19 @@ The sections follow Mitchell et al., "Model Cards for Model Reporting", arXiv:18
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from models.teachers import TeacherSpec
+from models.teachers import AnyTeacher, TeacherSpec
+from models.teachers.black_box import HttpTeacher
 
 Report = Mapping[str, Any]
 
+#: Classes that the card names one by one; `labels.json` has all.
+_NAMED_CLASSES = 100
 
-def render(report: Report, teacher: TeacherSpec, normalisation: Mapping[str, Any], onnxruntime: str) -> str:
+
+def render(report: Report, teacher: AnyTeacher, normalisation: Mapping[str, Any], onnxruntime: str) -> str:
     """Markdown. `onnxruntime` is the version that the student was checked with."""
     student = report["student"]
     sections = (
@@ -24,10 +28,11 @@ def render(report: Report, teacher: TeacherSpec, normalisation: Mapping[str, Any
         _usage(normalisation, onnxruntime),
         "## How good it is\n",
         _quality(report),
+        _per_class(report),
         "## What it learned from\n",
         _data(report, teacher),
         "## Licences\n",
-        _licences(teacher),
+        _licences(report, teacher),
         "## Limits\n",
         _limits(report),
     )
@@ -54,21 +59,57 @@ def times(ratio: float, less: str, more: str) -> str:
 
 
 def plain(name: str) -> str:
-    """A name that users chose, as text that Markdown shows as it is."""
-    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", name)
+    """A name that users chose, as one line of text that Markdown shows as it is."""
+    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", " ".join(name.split()))
 
 
-def _summary(report: Report, teacher: TeacherSpec) -> str:
-    student, compression = report["student"], report["compression"]
+def _summary(report: Report, teacher: AnyTeacher) -> str:
+    student = report["student"]
+    images = "a few labelled images" if report["data"]["support"] else "images without labels"
+    title = plain(teacher.title)
+    learned = f"{title}**, a black box," if report["teacher"]["black_box"] else f"{title}**"
+    lines = [
+        f"- {student['parameters']:,} parameters{_ratio(report, 'parameters', 'fewer', 'more', ' than the teacher')};"
+        f" {size(student['bytes'])}{_ratio(report, 'bytes', 'smaller', 'larger')}",
+        _headline(report),
+        f"- one image in {_median(report['latency']['student'])}{_pace(report)}",
+        f"- classes: {_class_names(report['classes'])}",
+    ]
+    return f"A small image classifier distilled from **{learned} with {images}.\n\n" + "\n".join(lines) + "\n"
+
+
+def _headline(report: Report) -> str:
+    """The accuracy, or what is known instead."""
+    accuracy, agreement = report["student"]["accuracy"], report["agreement"]
+    if accuracy is not None:
+        return f"- accuracy {percent(accuracy)}"
     return (
-        f"A small image classifier distilled from **{teacher.title}** with a few labelled images.\n\n"
-        f"- {student['parameters']:,} parameters, {times(compression['parameters'], 'fewer', 'more')} than the"
-        f" teacher; {size(student['bytes'])}, {times(compression['bytes'], 'smaller', 'larger')}\n"
-        f"- accuracy {percent(student['accuracy'])}\n"
-        f"- one image in {report['latency']['student']['median_ms']:.2f} ms, the teacher in"
-        f" {report['latency']['teacher']['median_ms']:.2f} ms\n"
-        f"- classes: {', '.join(plain(name) for name in report['classes'])}\n"
+        f"- accuracy not known, for lack of labels; it gives the teacher's answer to {_agreed(agreement)} of"
+        f" {agreement['images']} images that it did not learn from"
     )
+
+
+def _agreed(agreement: Mapping[str, Any]) -> str:
+    low, high = 100 * agreement["low"], 100 * agreement["high"]
+    return f"{100 * agreement['value']:.1f} % (95 % interval {low:.1f} to {high:.1f} %)"
+
+
+def _ratio(report: Report, what: str, less: str, more: str, than: str = "") -> str:
+    """`, 29 times smaller than the teacher`; empty where the teacher's size is not known."""
+    ratio = report["compression"][what]
+    return "" if ratio is None else f", {times(ratio, less, more)}{than}"
+
+
+def _pace(report: Report) -> str:
+    """`, the teacher in 27.1 ms`, and what there is to say of it."""
+    timed, note = report["latency"]["teacher"], report["latency"]["teacher_note"]
+    return (f", the teacher in {_median(timed)}" if timed else "") + (f"; {note}" if note else "")
+
+
+def _class_names(classes: Sequence[str]) -> str:
+    named = ", ".join(plain(name) for name in classes[:_NAMED_CLASSES])
+    more = len(classes) - _NAMED_CLASSES
+    return f"{named} and {more:,} more, see `labels.json`" if more > 0 else named
 
 
 def _usage(normalisation: Mapping[str, Any], onnxruntime: str) -> str:
@@ -87,78 +128,126 @@ def _usage(normalisation: Mapping[str, Any], onnxruntime: str) -> str:
 
 def _quality(report: Report) -> str:
     student, teacher, latency = report["student"], report["teacher"], report["latency"]
-    agreement, paired, int8 = report["agreement"], report["student_against_teacher"], report["int8"]
+    paired, int8 = report["student_against_teacher"], report["int8"]
+    ours, theirs = latency["student"], latency["teacher"]
+    parameters, file_size = teacher["parameters"], teacher["bytes"]
     rows = [
         "| | student | teacher |",
         "|---|---|---|",
-        f"| accuracy | {percent(student['accuracy'])} | {percent(teacher['accuracy'])} |",
-        f"| parameters | {student['parameters']:,} | {teacher['parameters']:,} |",
-        f"| ONNX file | {size(student['bytes'])} | {size(teacher['bytes'])} |",
-        f"| latency, median | {latency['student']['median_ms']:.2f} ms | {latency['teacher']['median_ms']:.2f} ms |",
-        f"| latency, 95th percentile | {latency['student']['p95_ms']:.2f} ms"
-        f" | {latency['teacher']['p95_ms']:.2f} ms |",
+        f"| accuracy | {_known(student['accuracy'], percent)} | {_known(teacher['accuracy'], percent)} |",
+        f"| parameters | {student['parameters']:,} | {_known(parameters, '{:,}'.format)} |",
+        f"| ONNX file | {size(student['bytes'])} | {_known(file_size, size)} |",
+        f"| latency, median | {ours['median_ms']:.2f} ms | {_known(theirs, _median)} |",
+        f"| latency, 95th percentile | {ours['p95_ms']:.2f} ms | {_known(theirs, _slowest)} |",
     ]
-    low, high = 100 * paired["low"], 100 * paired["high"]
-    text = [
-        report["evaluation"]["explanation"],
-        "",
-        *rows,
-        "",
-        f"Student and teacher give the same answer to {100 * agreement['value']:.1f} % of the images. The"
-        f" student's accuracy minus the teacher's: {100 * paired['difference']:+.1f} points (95 % interval {low:+.1f}"
-        f" to {high:+.1f};"
-        f" exact McNemar p = {paired['p_value']:.2g}).",
-        "",
+    agreement = f"Student and teacher give the same answer to {_agreed(report['agreement'])} of the images."
+    if paired is not None:
+        low, high = 100 * paired["low"], 100 * paired["high"]
+        agreement += (
+            f" The student's accuracy minus the teacher's: {100 * paired['difference']:+.1f} points (95 % interval"
+            f" {low:+.1f} to {high:+.1f}; exact McNemar p = {paired['p_value']:.2g})."
+        )
+    where = "on the machine that made this bundle"
+    timed = (
         f"Latency: {latency['runtime']}, {latency['threads']} thread, batch 1, image of {latency['image']['width']} x"
-        f" {latency['image']['height']} pixels, both timed in turn on the machine that made this bundle.",
-        "",
-    ]
+        f" {latency['image']['height']} pixels, "
+        + (f"{where}; {note}." if (note := latency["teacher_note"]) else f"both timed in turn {where}.")
+    )
+    text = [report["evaluation"]["explanation"], "", *rows, "", agreement, "", timed, ""]
     if int8["asked"]:
         verdict = "included" if int8["accepted"] else "not included"
         text += [f"`model.int8.onnx` is {verdict}: {int8['reason']}.", ""]
-    text += [
+    return "\n".join(text)
+
+
+def _per_class(report: Report) -> str:
+    """How the student does on each class, where labels tell."""
+    rows = report["per_class"]
+    if not rows:
+        return "How good it is at each class is not known: too few of the images that it was judged on have labels.\n"
+    judged = [row for row in rows if row["images"]]
+    text = [
         "| class | images | found | answers naming it that are right |",
         "|---|---|---|---|",
         *(
             f"| {plain(row['label'])} | {row['images']} | {_share(row['recall'])} | {_share(row['precision'])} |"
-            for row in report["per_class"]
+            for row in judged
         ),
         "",
     ]
+    if unseen := len(rows) - len(judged):
+        text += [f"Of {unseen} more classes there was no image to judge by.", ""]
     return "\n".join(text)
+
+
+def _known(value: Any, words: Callable[[Any], str]) -> str:
+    return "not known" if value is None else words(value)
+
+
+def _median(timed: Mapping[str, Any]) -> str:
+    return f"{timed['median_ms']:.2f} ms"
+
+
+def _slowest(timed: Mapping[str, Any]) -> str:
+    return f"{timed['p95_ms']:.2f} ms"
 
 
 def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.0%}".replace("%", " %")
 
 
-def _data(report: Report, teacher: TeacherSpec) -> str:
+def _data(report: Report, teacher: AnyTeacher) -> str:
     data = report["data"]
     shots = sorted(set(data["shots"].values()))
-    each = f"{shots[0]}" if len(shots) == 1 else f"{shots[0]} to {shots[-1]}"
+    if shots:
+        each = f"{shots[0]}" if len(shots) == 1 else f"{shots[0]} to {shots[-1]}"
+        given = f"{data['support']} labelled images ({each} a class) and {data['unlabelled']} unlabelled ones"
+    else:
+        given = f"{data['unlabelled']} images without labels"
+    apart, learned = f"{data['test']} test images were kept apart", "these"
+    if report["evaluation"]["kind"] == "held_out":
+        apart, learned = f"{report['evaluation']['images']} of them were held out", "the others"
+    how = f"Besides, it learned from the answers of {plain(teacher.title)}, which saw data of its own before"
+    if report["teacher"]["black_box"]:
+        how = (
+            f"It learned what {plain(teacher.title)} answers to {learned} and to any images that were made from them;"
+            " that teacher saw data of its own before"
+        )
     return (
-        f"{data['support']} labelled images ({each} a class) and {data['unlabelled']} unlabelled ones, all given by"
-        f" the bundle's owner; {data['test']} test images were kept apart. Besides, it learned from the answers of"
-        f" {teacher.title}, which saw data of its own before.\n\n"
-        "`golden/` holds some of the labelled images, shrunk: whoever gets this bundle gets those images.\n"
+        f"{given}, all given by the bundle's owner; {apart}. {how}.\n\n"
+        f"`golden/` holds some of {'the labelled' if shots else 'these'} images, shrunk: whoever gets this bundle"
+        " gets those images.\n"
     )
 
 
-def _licences(teacher: TeacherSpec) -> str:
+def _licences(report: Report, teacher: AnyTeacher) -> str:
+    images = "The labelled images" if report["data"]["support"] else "The images"
+    rest = f" {images} remain under whatever terms their owner has. `predict.py` may be used freely.\n"
+    if isinstance(teacher, TeacherSpec):
+        return (
+            f"The teacher's weights ({teacher.source}): {teacher.licence}, {teacher.licence_url}. The student was"
+            " distilled from them; whether their licence binds what you do with it is for you to judge."
+            + rest
+        )
+    what = "an HTTP endpoint" if isinstance(teacher, HttpTeacher) else "an ONNX file"
+    terms = ", ".join(plain(part) for part in (teacher.licence, teacher.licence_url) if part)
     return (
-        f"The teacher's weights ({teacher.source}): {teacher.licence}, {teacher.licence_url}. The student was"
-        " distilled from them; whether their licence binds what you do with it is for you to judge. The labelled"
-        " images remain under whatever terms their owner has. `predict.py` may be used freely.\n"
+        f"The teacher is {what} of the bundle's owner. Its licence: {terms}. The student was distilled from its"
+        " answers; under which terms those may be used so is for the owner to know, and to tell whoever gets this"
+        " bundle." + rest
     )
 
 
 def _limits(report: Report) -> str:
-    shots = min(report["data"]["shots"].values())
+    shots = min(report["data"]["shots"].values(), default=0)
+    if shots:
+        few = f"It learned from as few as {shots} labelled images of a class: images taken otherwise"
+    else:
+        few = "It learned from images without labels: images taken otherwise than those"
     return (
         f"- It knows {len(report['classes'])} classes and gives one of them to every image, also to one that shows"
         " none of them.\n"
-        f"- It learned from as few as {shots} labelled images of a class: images taken otherwise (light, angle,"
-        " camera) may do worse than the figures above.\n"
+        f"- {few} (light, angle, camera) may do worse than the figures above.\n"
         "- Its scores sum to 1 but are not calibrated: 0.9 does not mean right nine times in ten.\n"
         "- An image is squeezed to a square, whatever its shape.\n"
         "- Its errors follow the teacher's, and so do its biases. Test it on your own images before decisions"

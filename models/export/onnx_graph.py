@@ -203,8 +203,8 @@ def run(context: StageContext, params: ExportParams) -> None:
     (context.output / FILE_NAME).write_bytes(content)
     context.report(1, steps)
 
-    support = context.folder("support")
-    chosen = samples.stratified(support, PARITY_IMAGES)
+    shown, *_ = samples.learned_from(context.inputs)
+    chosen = samples.stratified(shown, PARITY_IMAGES, student.classes)
     golden = [samples.shrunk(sample) for sample in chosen[: parity.GOLDEN_IMAGES]]
     checked = parity.check(content, reference, [*golden, *chosen[parity.GOLDEN_IMAGES :]])
     _write_json(context.output / "parity.json", asdict(checked))
@@ -213,7 +213,9 @@ def run(context: StageContext, params: ExportParams) -> None:
     int8: dict[str, Any] = {"asked": params.int8, "made": False, "reason": ""}
     expected = {FILE_NAME: [reference.probabilities(sample.pixels[None])[0] for sample in golden]}
     if params.int8:
-        unlabelled = context.folder("unlabelled") if "unlabelled" in context.inputs else None
+        support, unlabelled = (
+            context.folder(name) if name in context.inputs else None for name in ("support", "unlabelled")
+        )
         calibration = samples.calibration(support, unlabelled, CALIBRATION_IMAGES)
         try:
             quantised = to_bytes(quantise.static_int8(graph, calibration))
@@ -242,12 +244,15 @@ def run(context: StageContext, params: ExportParams) -> None:
 
 
 def _teacher_of(context: StageContext) -> dict[str, str]:
-    """The teacher's name and licence as graph metadata, where the stage is given the teacher."""
+    """The teacher's name and licence as graph metadata, where the stage is given the teacher.
+
+    Of a black box nothing else goes out: its name is an id of this service, its source may be a private address.
+    """
     if "teacher" not in context.inputs:
         return {}
-    spec = teachers.read_spec(context.folder("teacher"))
+    spec = teachers.read_any(context.folder("teacher"))
     return {
-        "teacher": spec.name,
+        "teacher": spec.name if isinstance(spec, teachers.TeacherSpec) else spec.title,
         "teacher_licence": spec.licence,
         "teacher_licence_url": spec.licence_url,
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,10 @@ GOLDEN_SIDE = 256
 
 @dataclass(frozen=True)
 class Sample:
-    """`pixels` uint8 [height, width, 3], upright RGB; `label` None if unlabelled; `name` as uploaded."""
+    """`pixels` uint8 [height, width, 3], upright RGB; `name` as uploaded.
+
+    `label` is its position in the data set's classes, or in those that were asked for; None if it has none there.
+    """
 
     name: str
     label: int | None
@@ -37,12 +40,37 @@ def round_robin(labels: Sequence[int | None], count: int) -> list[int]:
     return dealt[:count]
 
 
-def stream(folder: Path, positions: Collection[int] | None = None) -> Iterator[Sample]:
-    """The images of a split at `positions` (all, if None), decoded one by one, in the order of the archive."""
+def stream(
+    folder: Path, positions: Collection[int] | None = None, classes: Sequence[str] | None = None
+) -> Iterator[Sample]:
+    """The images of a split at `positions` (all, if None), decoded one by one, in the order of the archive.
+
+    With `classes`, labels are positions in them, matched by name.
+    """
+    path = folder / archive.FILE_NAME
     wanted = None if positions is None else set(positions)
-    for position, (image, content) in enumerate(archive.contents(folder / archive.FILE_NAME)):
+    label_of = labelled_as(archive.read_index(path).classes, classes)
+    for position, (image, content) in enumerate(archive.contents(path)):
         if wanted is None or position in wanted:
-            yield Sample(image.name, image.label, pixels(content, image.name))
+            label = None if image.label is None else label_of[image.label]
+            yield Sample(image.name, label, pixels(content, image.name))
+
+
+def labelled_as(own: Sequence[str], classes: Sequence[str] | None) -> list[int | None]:
+    """Where each of the classes `own` stands in `classes`; None: nowhere."""
+    numbers = {name: number for number, name in enumerate(own if classes is None else classes)}
+    return [numbers.get(name) for name in own]
+
+
+def in_a_row(folders: Sequence[Path], positions: Sequence[int], classes: Sequence[str]) -> Iterator[Sample]:
+    """The images at `positions`, ascending, of splits that are counted through; labels are positions in `classes`."""
+    first = 0
+    for folder in folders:
+        count = len(archive.read_index(folder / archive.FILE_NAME).images)
+        inside = [position - first for position in positions if first <= position < first + count]
+        if inside:
+            yield from stream(folder, inside, classes)
+        first += count
 
 
 def pixels(content: bytes, name: str) -> NDArray[np.uint8]:
@@ -51,17 +79,22 @@ def pixels(content: bytes, name: str) -> NDArray[np.uint8]:
     return decoded
 
 
-def stratified(folder: Path, count: int) -> list[Sample]:
-    """At most `count` images of a split, one of each class in turn."""
+def stratified(folder: Path, count: int, classes: Sequence[str] | None = None) -> list[Sample]:
+    """At most `count` images of a split, one of each class in turn; labels are positions in `classes`, if given."""
     index = archive.read_index(folder / archive.FILE_NAME)
     chosen = round_robin([image.label for image in index.images], count)
-    found = dict(zip(sorted(chosen), stream(folder, chosen), strict=True))
+    found = dict(zip(sorted(chosen), stream(folder, chosen, classes), strict=True))
     return [found[position] for position in chosen]
 
 
-def calibration(support: Path, unlabelled: Path | None, count: int) -> list[NDArray[np.uint8]]:
-    """At most `count` images, half of them unlabelled where there are any: what the student will meet."""
-    labelled = stratified(support, count // 2 if unlabelled else count)
+def learned_from(inputs: Mapping[str, tuple[Path, ...]]) -> tuple[Path, ...]:
+    """The splits that a student learns from: the labelled images, then the unlabelled ones, as far as there are any."""
+    return tuple(folder for name in ("support", "unlabelled") for folder in inputs.get(name, ()))
+
+
+def calibration(support: Path | None, unlabelled: Path | None, count: int) -> list[NDArray[np.uint8]]:
+    """At most `count` images, half of them unlabelled where there are both: what the student will meet."""
+    labelled = stratified(support, count // 2 if unlabelled else count) if support else []
     if unlabelled is None:
         return [sample.pixels for sample in labelled]
     total = len(archive.read_index(unlabelled / archive.FILE_NAME).images)

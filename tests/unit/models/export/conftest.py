@@ -18,6 +18,7 @@ from models.evaluation import report
 from models.export import bundle, onnx_graph, teacher_graph
 from models.pipeline import JobShape, StageContext
 from models.stages import EvaluationParams, ExportParams
+from models.teachers.black_box import MODEL_FILE
 
 CLASSES = ("käse", "red brick", "sky")
 COLOURS = ((200, 180, 60), (170, 60, 50), (80, 140, 220))
@@ -164,6 +165,23 @@ def judges(splits, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def black_box_judges(splits, tmp_path_factory):
+    """Makes what a black box answered to held-out images: to the last of the labelled and of the unlabelled ones."""
+
+    def make(index, labels):
+        folder = tmp_path_factory.mktemp("held_out")
+        document = {
+            "probabilities": probabilities(np.arange(len(index)) % 3, len(index)),
+            "index": torch.tensor(index),
+            "labels": torch.tensor(labels),
+        }
+        save_file(document, folder / "answers.safetensors")
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def context_of(tmp_path_factory):
     def make(name, inputs, shape=SHAPE):
         output = tmp_path_factory.mktemp(name)
@@ -176,6 +194,36 @@ def context_of(tmp_path_factory):
             report=lambda step, total, **metrics: None,
             checkpoints=NoCheckpoints(),
         )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def black_box_journey(context_of, sources, tmp_path_factory):
+    """EXPORT, EVALUATE and BUNDLE of a student of a black box. Returns the folder of each artefact."""
+
+    def make(teacher, inputs, shape, *, model=None, int8=False, max_accuracy_drop=0.01) -> dict[str, Path]:
+        root = tmp_path_factory.mktemp("black_box_journey")
+        (root / "black_box").mkdir()
+        (root / "teacher").mkdir()
+        (root / "teacher" / "teacher.json").write_text(teacher.model_dump_json())
+        if model is not None:
+            (root / "teacher" / MODEL_FILE).write_bytes(model)
+        made = {name: sources[name] for name in ("trained_student", "student")} | inputs
+        made |= {name: (root / name,) for name in ("teacher", "black_box")}
+        context = context_of("black_box_export", made, shape)
+        onnx_graph.run(context, ExportParams(int8=int8, max_accuracy_drop=max_accuracy_drop))
+        made["student_onnx"] = (context.output,)
+        context = context_of("black_box_report", made, shape)
+        report.run(context, EvaluationParams(latency_runs=5))
+        made["report"] = (context.output,)
+        context = context_of("black_box_bundle", made, shape)
+        bundle.run(context, None)
+        return {
+            "student_onnx": made["student_onnx"][0],
+            "report": made["report"][0],
+            "bundle": context.output,
+        }
 
     return make
 

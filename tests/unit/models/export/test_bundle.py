@@ -129,7 +129,9 @@ def test_folds_that_miss_an_image_are_an_error(judges, splits):
 def test_answers_of_another_test_split_are_an_error(judges, splits):
     measured = answers.Measured({}, np.zeros(30, dtype=np.int64), ("x",) * 30)
     with pytest.raises(DataError, match="do not belong"):
-        answers.on_test_split(np.zeros((30, 3), dtype=np.float32), measured, judges["teacher_on_test"])
+        answers.on_test_split(
+            np.zeros((30, 3), dtype=np.float32), measured, judges["teacher_on_test"][::-1], splits["test"]
+        )
 
 
 def test_equal_inputs_give_equal_bundles(plain, context_of, sources, splits):
