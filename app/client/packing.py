@@ -13,7 +13,8 @@ from typing import IO
 
 from app.client.errors import ClientError
 
-#: Where images come from: a folder of class folders, a zip of them, or pairs of "class/file" and content.
+#: Where images come from: a folder of class folders, a zip of them, or pairs of "class/file" and content. Images
+#: without a label lie in a folder `unlabelled`, which may be the only one.
 Source = str | Path | Iterable[tuple[str, Path | bytes]]
 
 #: Packed images up to this size stay in memory.
@@ -38,7 +39,8 @@ def packed(source: Source) -> Iterator[tuple[str, IO[bytes]]]:
     with tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY) as archive:
         if not _write(members, archive):
             raise ClientError(
-                f"'{source}' holds no files to upload: it needs one folder for each class, with images inside"
+                f"'{source}' holds no files to upload: it needs one folder for each class, with images inside, "
+                "or a folder 'unlabelled' with images"
             )
         archive.seek(0)
         yield name, archive

@@ -65,16 +65,24 @@ def verify(upload: Upload, settings: Settings) -> Verified:
         clean = upload.folder / "clean"
         examined = _examine(placed.files, clean, findings, settings)
     kept = duplicates.drop(findings, [item for item in examined if item.image is not None])
-    report.check_counts(findings, placed.classes, kept, settings)
+    if placed.labelled:
+        report.check_counts(findings, placed.classes, kept, settings)
+    else:
+        report.check_unlabelled(findings, placed.classes, kept)
     findings.refuse()
-    splits = {split: _write(upload.folder, split, placed.classes, kept, clean) for split in _SPLITS}
+    splits = {split: _write(upload.folder, split, _named(split, placed), kept, clean) for split in _SPLITS}
     document = report.document(findings, placed.classes, len(splits["unlabelled"].images), placed.skipped)
     return Verified(
         placed.classes,
         {split: verified for split, verified in splits.items() if verified.images},
-        min(entry["shots"] for entry in document["classes"]),
+        min((entry["shots"] for entry in document["classes"]), default=0),
         document,
     )
+
+
+def _named(split: Split, placed: layout.Layout) -> tuple[str, ...]:
+    """The classes in a split's index: unlabelled images know none where only test images have labels."""
+    return placed.classes if placed.labelled or split == "test" else ()
 
 
 @contextmanager
@@ -127,7 +135,10 @@ def _check_numbers(
         )
         findings.faults.append(Finding("too_many_classes", "/classes", detail))
     if not members:
-        detail = "The upload holds no file. Send one zip of class folders, or files named class/file."
+        detail = (
+            "The upload holds no file. Send one zip of class folders, or files named class/file; "
+            "images without labels are named unlabelled/file."
+        )
         raise Invalid(detail, code="no_files", findings=(Finding("no_files", "/files", detail),))
 
 

@@ -38,7 +38,8 @@ class Placed:
 @dataclass(frozen=True)
 class Layout:
     files: tuple[Placed, ...]
-    classes: tuple[str, ...]  # of the support split, sorted
+    classes: tuple[str, ...]  # of the support split, sorted; of the test split, where no image has its label
+    labelled: bool  # there are images to learn from with their labels
     skipped: tuple[str, ...]
     errors: tuple[Finding, ...]  # the upload must not be opened
     faults: tuple[Finding, ...]  # the upload will be refused, with what else is found
@@ -54,7 +55,7 @@ def arrange(members: Sequence[Member]) -> Layout:
     errors = [finding for member in kept for finding in _refused(member)]
     errors += _repeated(kept)
     if errors:
-        return Layout((), (), skipped, tuple(errors), (), ())
+        return Layout((), (), True, skipped, tuple(errors), (), ())
     wrapped = _wrapper_depth([member.name for member in kept])
     placed: list[Placed] = []
     faults: list[Finding] = []
@@ -80,9 +81,12 @@ def arrange(members: Sequence[Member]) -> Layout:
             warnings.append(_without_class(member, reserved))
     faults += _collisions(folders)
     faults += _bad_class_names({folder for uses in folders.values() for _, folder in uses})
-    classes = sorted({file.label for file in placed if file.split == "support" and file.label is not None})
+    splits = {file.split for file in placed}
+    labelled = "support" in splits or "unlabelled" not in splits
+    named_by = "support" if labelled else "test"
+    classes = sorted({file.label for file in placed if file.split == named_by and file.label is not None})
     faults += _unknown_to_support(placed, set(classes))
-    return Layout(tuple(placed), tuple(classes), skipped, (), tuple(faults), tuple(warnings))
+    return Layout(tuple(placed), tuple(classes), labelled, skipped, (), tuple(faults), tuple(warnings))
 
 
 def _normal(name: str) -> str:
@@ -128,7 +132,7 @@ def _wrapper_depth(names: Sequence[str]) -> int:
 
 def _without_class(member: Member, reserved: Split | None) -> Finding:
     if reserved is None:
-        detail = "lies in no class folder and was left out. Move it to CLASS/."
+        detail = "lies in no class folder and was left out. Move it to CLASS/, or to unlabelled/ if it has no label."
     else:
         folder = member.name.split("/")[-2]
         detail = (

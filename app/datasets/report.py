@@ -15,6 +15,8 @@ from app.settings import Settings
 
 #: Images with a shorter side are reported: the smallest students see 32 pixels.
 TINY_SIDE = 32
+#: Fewest images of a data set in which none has a label.
+MIN_UNLABELLED = 10
 _DAMAGED = {"image_corrupt", "image_empty"}
 
 
@@ -93,18 +95,15 @@ def check_counts(
     findings: Findings, classes: Sequence[str], kept: Iterable[Examined], settings: Settings
 ) -> None:
     """Every class needs enough images and must not have too many."""
-    shots: Counter[str] = Counter()
-    tests: Counter[str] = Counter()
-    for item in kept:
-        if item.file.label is not None:
-            (shots if item.file.split == "support" else tests)[item.file.label] += 1
+    shots, tests = _counts(findings, classes, kept)
     if len(classes) < 2:
         names = f"only the class '{classes[0]}'" if classes else "no class"
         findings.faults.append(
             Finding(
                 "too_few_classes",
                 "/classes",
-                f"The upload has {names}; at least 2 are needed. Put the images of each class in a folder of its own.",
+                f"The upload has {names}; at least 2 are needed. Put the images of each class in a folder of its own. "
+                f"Images without labels go to unlabelled/; {MIN_UNLABELLED} of them alone are a data set, too.",
             )
         )
     for name in classes:
@@ -122,9 +121,38 @@ def check_counts(
         if tests and not tests[name]:
             detail = f"Class '{name}' has no test image, so its accuracy will not be known. Add some to test/{name}/."
             findings.warnings.append(Finding("class_without_test_images", class_pointer(name), detail))
+
+
+def check_unlabelled(findings: Findings, classes: Sequence[str], kept: Sequence[Examined]) -> None:
+    """Where no image has a label, the unlabelled ones must be enough. `classes`: those of the test split."""
+    _counts(findings, classes, kept)
+    images = sum(item.file.split == "unlabelled" for item in kept)
+    if images < MIN_UNLABELLED:
+        detail = (
+            f"No image has a label, and unlabelled/ has {images} usable images; at least {MIN_UNLABELLED} are needed. "
+            "Add some, or put labelled images in one folder for each class."
+        )
+        findings.faults.append(Finding("too_few_unlabelled", "/files", detail))
+    detail = (
+        "No image has a label. Such a data set fits methods that learn from the teacher's answers alone, which is "
+        "'fsbbt'; others need labelled images, in one folder for each class."
+    )
+    findings.warnings.append(Finding("no_labelled_images", "/classes", detail))
+
+
+def _counts(
+    findings: Findings, classes: Sequence[str], kept: Iterable[Examined]
+) -> tuple[Counter[str], Counter[str]]:
+    """Images to learn from and test images by class, which also go into the report."""
+    shots: Counter[str] = Counter()
+    tests: Counter[str] = Counter()
+    for item in kept:
+        if item.file.label is not None:
+            (shots if item.file.split == "support" else tests)[item.file.label] += 1
     for name in classes:
         findings.counts[name, "shots"] = shots[name]
         findings.counts[name, "test_images"] = tests[name]
+    return shots, tests
 
 
 def document(

@@ -12,6 +12,7 @@ from starlette.requests import ClientDisconnect
 
 from app.datasets import receive, schemas, service, workspace
 from app.datasets.members import Upload
+from app.datasets.report import MIN_UNLABELLED
 from app.datasets.tables import Dataset, DatasetImage
 from app.datasets.workspace import Workspace
 from app.errors import BadRequest, Finding, Invalid
@@ -43,7 +44,8 @@ _BODY = {
                         "type": "string",
                         "format": "binary",
                         "description": "One zip of class folders: CLASS/IMAGE, with optional test/CLASS/IMAGE and "
-                        "unlabelled/IMAGE. A train/ folder around the classes, or one folder around all, is fine.",
+                        "unlabelled/IMAGE. A train/ folder around the classes, or one folder around all, is fine. "
+                        f"unlabelled/ alone, with at least {MIN_UNLABELLED} images, fits methods that need no labels.",
                     },
                     "files": {
                         "type": "array",

@@ -55,9 +55,13 @@ class DatasetSummary(Answer):
     id: str
     name: str
     digest: str = Field(description="sha-256 over classes and splits: equal content, equal digest.")
-    classes: list[str]
+    classes: list[str] = Field(
+        description="Of the labelled images; of the test images, where no other has a label."
+    )
     splits: dict[SplitName, SplitAnswer]
-    smallest_class: int = Field(description="Labelled images of the class that has fewest.")
+    smallest_class: int = Field(
+        description="Labelled images of the class that has fewest; 0 where there are none."
+    )
     created_at: Time
 
 

@@ -104,17 +104,23 @@ def pack(folder: Path, classes: Sequence[str], files: Sequence[Path], labels: Se
 def pack_folder(root: Path, out: Path) -> dict[str, Path]:
     """Splits from a folder of class folders, with optional `test/` (class folders) and `unlabelled/`.
 
-    Returns the folders written under `out`: `support`, and `test` and `unlabelled` where there are any.
+    With `unlabelled/` there may be no class folder; the classes are then those of `test/`, if there is one.
+    Returns the folders written under `out`: `support`, `test` and `unlabelled`, where there are any.
     """
     names = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
     classes = [name for name in names if name not in ("test", "unlabelled")]
-    if len(classes) < 2:
-        raise DataError(f"{root.name} has {len(classes)} class folders; at least 2 are needed")
-    written = {"support": _pack_classes(out / "support", classes, root)}
+    files = _image_files(root / "unlabelled") if "unlabelled" in names else []
+    if len(classes) == 1 or not (classes or files):
+        raise DataError(
+            f"{root.name} has {len(classes)} class folders; at least 2 are needed",
+            "Images without labels belong into unlabelled/.",
+        )
+    written = {"support": _pack_classes(out / "support", classes, root)} if classes else {}
     if "test" in names:
-        written["test"] = _pack_classes(out / "test", classes, root / "test")
+        named = classes or sorted(path.name for path in (root / "test").iterdir() if path.is_dir())
+        if named:
+            written["test"] = _pack_classes(out / "test", named, root / "test")
     if "unlabelled" in names:
-        files = _image_files(root / "unlabelled")
         written["unlabelled"] = pack(out / "unlabelled", classes, files, [None] * len(files))
     return written
 

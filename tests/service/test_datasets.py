@@ -159,6 +159,78 @@ class TestAZip:
         assert "only the class 'washer'" in answer.json()["detail"]
 
 
+class TestImagesWithoutLabels:
+    def unlabelled(self, count: int) -> Files:
+        return {f"unlabelled/{number:02}.jpg": picture(800 + number) for number in range(count)}
+
+    def test_are_a_data_set_of_their_own(self, client: httpx.Client, wiring: Wiring, tmp_path: Path) -> None:
+        dataset = created(send(client, self.unlabelled(10)))
+        assert (dataset["classes"], dataset["smallest_class"]) == ([], 0)
+        assert {name: split["images"] for name, split in dataset["splits"].items()} == {"unlabelled": 10}
+        assert dataset["report"]["classes"] == []
+        assert dataset["report"]["unlabelled"]["images"] == 10
+        (warning,) = dataset["report"]["warnings"]
+        assert warning["code"] == "no_labelled_images"
+        assert "'fsbbt'" in warning["detail"]
+        wiring.blobs.fetch(dataset["splits"]["unlabelled"]["digest"], tmp_path / "unlabelled")
+        index = archive.read_index(tmp_path / "unlabelled")
+        assert index.classes == ()
+        assert {image.label for image in index.images} == {None}
+        assert len(images(client, dataset)) == 10
+        assert client.get("/v1/datasets").json()["data"][0]["smallest_class"] == 0
+
+    def test_may_have_a_test_split_which_names_the_classes(
+        self, client: httpx.Client, wiring: Wiring, tmp_path: Path
+    ) -> None:
+        test = {f"test/{name}/{number}.jpg": picture(seed * 9 + number)
+                for seed, name in enumerate(["b", "a"]) for number in range(seed + 1)}  # fmt: skip
+        leak = {"unlabelled/leak.jpg": test["test/a/0.jpg"]}
+        dataset = created(send(client, {**self.unlabelled(12), **test, **leak}))
+        assert (dataset["classes"], dataset["smallest_class"]) == (["a", "b"], 0)
+        assert {name: split["images"] for name, split in dataset["splits"].items()} == {
+            "unlabelled": 12, "test": 3,
+        }  # fmt: skip
+        counts = [(row["name"], row["shots"], row["test_images"]) for row in dataset["report"]["classes"]]
+        assert counts == [("a", 0, 2), ("b", 0, 1)]
+        codes = {entry["code"] for entry in dataset["report"]["warnings"]}
+        assert codes == {"no_labelled_images", "duplicate_across_splits"}
+        index = {}
+        for split, entry in dataset["splits"].items():
+            wiring.blobs.fetch(entry["digest"], tmp_path / split)
+            index[split] = archive.read_index(tmp_path / split)
+        assert (index["unlabelled"].classes, index["test"].classes) == ((), ("a", "b"))
+        assert [image.label for image in index["test"].images] == [0, 0, 1]
+
+    def test_must_be_ten_that_can_be_used(self, client: httpx.Client) -> None:
+        answer = send(client, {**self.unlabelled(9), "unlabelled/broken.jpg": b"\xff\xd8\xff no image"})
+        assert (answer.status_code, answer.json()["code"]) == (422, "too_few_unlabelled")
+        assert "unlabelled/ has 9 usable images; at least 10 are needed" in answer.json()["detail"]
+        assert {entry["code"] for entry in answer.json()["errors"]} >= {"too_few_unlabelled", "image_corrupt"}
+
+    def test_beside_one_class_are_no_way_round_two_classes(self, client: httpx.Client) -> None:
+        answer = send(client, {**self.unlabelled(12), "only/1.jpg": picture(1), "only/2.jpg": picture(2)})
+        assert (answer.status_code, answer.json()["code"]) == (422, "too_few_classes")
+
+    def test_at_the_top_are_refused_with_a_word_on_where_they_belong(self, client: httpx.Client) -> None:
+        answer = send(client, {f"{number}.jpg": picture(number) for number in range(12)})
+        assert (answer.status_code, answer.json()["code"]) == (422, "too_few_classes")
+        assert "Images without labels go to unlabelled/" in answer.json()["detail"]
+        loose = [entry for entry in answer.json()["errors"] if entry["code"] == "file_without_class"]
+        assert len(loose) == 12
+        assert "Move it to CLASS/, or to unlabelled/ if it has no label." in loose[0]["detail"]
+
+    def test_of_a_test_split_alone_are_refused(self, client: httpx.Client) -> None:
+        answer = send(client, {f"test/{name}/1.jpg": picture(seed) for seed, name in enumerate("ab")})
+        assert answer.status_code == 422
+        codes = {entry["code"] for entry in answer.json()["errors"]}
+        assert codes == {"too_few_classes", "unknown_test_class"}
+
+    def test_may_be_wrapped_in_a_folder(self, client: httpx.Client) -> None:
+        plain = created(send(client, self.unlabelled(10)))
+        wrapped = send(client, {"set/" + name: content for name, content in self.unlabelled(10).items()})
+        assert (wrapped.status_code, wrapped.json()["id"]) == (200, plain["id"])
+
+
 class TestManyFiles:
     def test_named_class_and_file_are_the_same_data_set_as_a_zip(self, client: httpx.Client) -> None:
         parts = [("files", item) for item in good().items()]

@@ -47,6 +47,30 @@ def test_one_class_folder_is_refused(tmp_path: Path) -> None:
         fewshot.pack_folder(tmp_path / "set", tmp_path / "out")
 
 
+def test_unlabelled_images_alone_are_a_folder_to_pack(tmp_path: Path) -> None:
+    for colour in range(3):
+        paint(tmp_path / "set" / "unlabelled" / f"{colour}.png", colour)
+    splits = fewshot.pack_folder(tmp_path / "set", tmp_path / "packed")
+    assert set(splits) == {"unlabelled"}
+    assert fewshot.load(splits["unlabelled"], 8).classes == ()
+    shape = fewshot.shape_of(None, splits["unlabelled"])
+    assert (shape.classes, shape.support, shape.smallest_class, shape.unlabelled) == (0, 0, 0, 3)
+
+    for name in ("b", "a"):
+        paint(tmp_path / "set" / "test" / name / "1.png", 9)
+    splits = fewshot.pack_folder(tmp_path / "set", tmp_path / "with test")
+    assert set(splits) == {"unlabelled", "test"}
+    assert fewshot.load(splits["test"], 8).classes == ("a", "b")
+
+
+def test_a_folder_with_nothing_to_learn_from_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "set" / "unlabelled").mkdir(parents=True)
+    paint(tmp_path / "set" / "test" / "a" / "1.png", 3)
+    with pytest.raises(DataError, match="at least 2") as refused:
+        fewshot.pack_folder(tmp_path / "set", tmp_path / "out")
+    assert "unlabelled/" in refused.value.hint
+
+
 def test_a_draw_has_the_shots_of_every_class_and_follows_its_seed() -> None:
     labels = torch.arange(60) % 3
     drawn = fewshot.draw_support(labels, 5, seed=1)
