@@ -207,15 +207,38 @@ def test_images_without_any_label_are_enough(
         unlabelled,
         teacher,
         tmp_path,
-        "trained_student",
-        "teacher_on_held_out",
+        "bundle",
         synthesis={"maker": "mixup"},
         distillation={"steps": 5},
     )
+    assert (run.folder("bundle") / "model.onnx").is_file()
     assert students.load(run.folder("trained_student")).classes == TEACHERS_ORDER
     held_out = load_file(run.folder("teacher_on_held_out") / "answers.safetensors")
     assert held_out["labels"].tolist() == [-1] * 10
     assert held_out["probabilities"].shape == (10, 4)
+
+
+def test_without_a_test_split_nothing_learns_from_what_is_held_out_and_every_class_keeps_an_image(
+    images: Path, teacher: tuple[OnnxTeacher, Path], tmp_path: Path
+) -> None:
+    support = fewshot.pack_folder(images, tmp_path / "splits")["support"]
+    run = distil(
+        {"support": support},
+        teacher,
+        tmp_path,
+        "soft_labels",
+        "teacher_on_held_out",
+        synthesis={"maker": "mixup"},
+    )
+    held_out = load_file(run.folder("teacher_on_held_out") / "answers.safetensors")
+    labels = fewshot.read_labels(support)
+    assert len(held_out["index"]) == 6
+    assert torch.equal(held_out["labels"], labels[held_out["index"]])
+    assert (held_out["probabilities"].argmax(1) == held_out["labels"]).all()
+    learnt = labelling.load(run.folder("soft_labels")).image
+    real = learnt[learnt < 12]
+    assert sorted([*real.tolist(), *held_out["index"].tolist()]) == list(range(12))
+    assert set(labels[real].tolist()) == {0, 1, 2}
 
 
 @pytest.mark.parametrize("maker", ["mixup", "cutmix", "mixup_cutmix", "cvae", "mixup_cvae"])
