@@ -12,9 +12,10 @@ import typer
 
 from app import console
 from app.client import ClientError, Dram, Job
-from app.connect import HERE, HomeFolder, Key, Url, any_service, service
+from app.connect import HERE, AsJson, HomeFolder, Key, Url, any_service, service
 from app.embedded import EmbeddedError
 from app.home import Home
+from app.teacher_commands import every_teacher, teachers
 
 cli = typer.Typer(
     help="Few-shot distillation: a handful of labelled images in, a tiny ONNX classifier out.",
@@ -23,13 +24,17 @@ cli = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+cli.add_typer(teachers, name="teachers")
+
 #: What `dram distill` makes unless told otherwise.
 DEFAULT_STUDENT = "mobilenetv4_conv_small_050"
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print the service's answer as JSON.")]
 Teacher = Annotated[str | None, typer.Option(help="Who teaches; `dram teachers` lists them.")]
 Student = Annotated[str, typer.Option(help="What learns; `dram architectures` lists them.")]
-Method = Annotated[str, typer.Option(help="How; `dram methods` lists them.")]
+Method = Annotated[
+    str | None,
+    typer.Option(help="How; `dram methods` lists them. Left out: kd, or fsbbt with a black box of your own."),
+]
 Preset = Annotated[str, typer.Option(help="How much time to spend: draft, balanced or best.")]
 Param = Annotated[
     list[str] | None,
@@ -75,34 +80,12 @@ def first_key(home: HomeFolder = HERE) -> None:
 
 
 @cli.command()
-def teachers(url: Url = None, key: Key = None, home: HomeFolder = HERE, as_json: AsJson = False) -> None:
-    """List the networks that can teach."""
-    with service(url, key, Home(home)) as dram:
-        listed = [item.model_dump() for item in dram.teachers.list().data]
-    if as_json:
-        _print_json(listed)
-        return
-    rows = [
-        (
-            row["id"],
-            "yes" if row["available"] else "no",
-            _millions(row.get("parameters")),
-            row.get("input_size"),
-            row.get("licence"),
-            row.get("title") if row["available"] else row.get("reason"),
-        )
-        for row in listed
-    ]
-    console.table(("teacher", "available", "parameters", "pixels", "licence", "about"), rows)
-
-
-@cli.command()
 def methods(url: Url = None, key: Key = None, home: HomeFolder = HERE, as_json: AsJson = False) -> None:
     """List the ways to distil."""
     with service(url, key, Home(home)) as dram:
         listed = [item.model_dump() for item in dram.methods().data]
     if as_json:
-        _print_json(listed)
+        console.print_json(listed)
         return
     rows = [
         (
@@ -123,13 +106,13 @@ def architectures(url: Url = None, key: Key = None, home: HomeFolder = HERE, as_
     with service(url, key, Home(home)) as dram:
         listed = [item.model_dump() for item in dram.architectures().data]
     if as_json:
-        _print_json(listed)
+        console.print_json(listed)
         return
     rows = [
         (
             row["id"],
-            _millions(row.get("parameters")),
-            _millions(row.get("macs")),
+            console.millions(row.get("parameters")),
+            console.millions(row.get("macs")),
             row.get("input_size"),
             row.get("title"),
         )
@@ -153,7 +136,7 @@ def upload(
     with service(url, key, Home(home)) as dram:
         made = dram.datasets.create(source, name)
     if as_json:
-        _print_json(made.model_dump(mode="json"))
+        console.print_json(made.model_dump(mode="json"))
     else:
         console.dataset(made)
 
@@ -163,7 +146,7 @@ def submit(
     dataset: Annotated[str, typer.Argument(metavar="DATASET", help="Id that `dram upload` printed.")],
     teacher: Teacher = None,
     student: Student = DEFAULT_STUDENT,
-    method: Method = "kd",
+    method: Method = None,
     preset: Preset = "balanced",
     param: Param = None,
     seed: Seed = 0,
@@ -178,11 +161,11 @@ def submit(
     params = _params(param)
     with service(url, key, Home(home)) as dram:
         job = dram.jobs.create(
-            dataset_id=dataset, teacher_id=teacher or _first_teacher(dram), method=method, student=student,
-            preset=preset, params=params, seed=seed, precision=precision,
+            dataset_id=dataset, teacher_id=teacher or _first_teacher(dram), method=method or _usual(teacher),
+            student=student, preset=preset, params=params, seed=seed, precision=precision,
         )  # fmt: skip
         if as_json:
-            _print_json(job.model_dump(mode="json"))
+            console.print_json(job.model_dump(mode="json"))
         else:
             console.out.print(job.id)
         if watch:
@@ -209,7 +192,7 @@ def jobs(
     with service(url, key, Home(home)) as dram:
         page = dram.jobs.list(limit=limit, after=after)
     if as_json:
-        _print_json(page.model_dump(mode="json"))
+        console.print_json(page.model_dump(mode="json"))
         return
     console.jobs(page.data)
     if page.has_more:
@@ -264,7 +247,7 @@ def predict(
     with service(url, key, Home(home)) as dram:
         seen = dram.students.predict(_student(dram, source), image, precision=precision, top=top)
     if as_json:
-        _print_json(seen.model_dump(mode="json"))
+        console.print_json(seen.model_dump(mode="json"))
     else:
         console.prediction(seen)
 
@@ -279,7 +262,7 @@ def distill(
     ],
     teacher: Teacher = None,
     student: Student = DEFAULT_STUDENT,
-    method: Method = "kd",
+    method: Method = None,
     preset: Preset = "balanced",
     param: Param = None,
     seed: Seed = 0,
@@ -297,8 +280,8 @@ def distill(
         made = dram.datasets.create(folder)
         console.dataset(made)
         job = dram.jobs.create(
-            dataset_id=made.id, teacher_id=teacher or _first_teacher(dram), method=method, student=student,
-            preset=preset, params=params, seed=seed, precision=precision,
+            dataset_id=made.id, teacher_id=teacher or _first_teacher(dram), method=method or _usual(teacher),
+            student=student, preset=preset, params=params, seed=seed, precision=precision,
         )  # fmt: skip
         done = _watch(dram, job.id)
         assert done.student_id is not None
@@ -354,11 +337,17 @@ def _fetch(dram: Dram, student_id: str, target: Path, precision: str) -> Path:
 
 
 def _first_teacher(dram: Dram) -> str:
-    for teacher in dram.teachers.list().data:
-        if teacher.available:
+    """Of the catalogue: a black box of one's own is never asked without being named."""
+    for teacher in every_teacher(dram):
+        if teacher.available and not teacher.is_own:
             return teacher.id
-    console.note("No teacher can be had on this machine; `dram teachers` says why.")
+    console.note("No teacher of the catalogue can be had on this machine; `dram teachers` says why.")
     raise typer.Exit(1)
+
+
+def _usual(teacher: str | None) -> str:
+    """The method that needs no more than this teacher offers."""
+    return "fsbbt" if (teacher or "").startswith("tch_") else "kd"
 
 
 def _params(given: list[str] | None) -> dict[str, Any]:
@@ -375,14 +364,6 @@ def _params(given: list[str] | None) -> dict[str, Any]:
             value = text
         params.setdefault(group, {})[name] = value
     return params
-
-
-def _millions(number: Any) -> str:
-    return f"{number / 1e6:.2f} M" if isinstance(number, int | float) and number else ""
-
-
-def _print_json(document: Any) -> None:
-    print(json.dumps(document, indent=2, ensure_ascii=False))
 
 
 if __name__ == "__main__":

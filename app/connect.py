@@ -26,6 +26,7 @@ Key = Annotated[
     str | None, typer.Option("--key", envvar="DRAM_API_KEY", help="API key. Empty: the one kept in --home.")
 ]
 HomeFolder = Annotated[Path, typer.Option("--home", envvar="DRAM_HOME", help="Folder of the local service.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the service's answer as JSON.")]
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from app.client.answers import (
     Metric,
     Page,
     Prediction,
+    Probe,
     Student,
     Teacher,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "Metric",
     "Page",
     "Prediction",
+    "Probe",
     "Student",
     "Teacher",
     "UnreachableError",

@@ -123,8 +123,36 @@ class Prediction(Answer):
 
 
 class Teacher(Answer):
+    """`black_box`: how a teacher of your own is asked; None of the catalogue's."""
+
     id: str
+    title: str = ""
+    kind: str = ""
     available: bool = True
+    reason: str = ""
+    black_box: dict[str, Any] | None = None
+
+    @property
+    def is_own(self) -> bool:
+        """A black box of yours, of which only answers are known."""
+        return self.kind in {"onnx", "http"}
+
+
+class ClassScore(Answer):
+    name: str
+    score: float
+
+
+class Probe(Answer):
+    """What came of asking a teacher about one image. `problems`: what is wrong with it, in words."""
+
+    teacher_id: str
+    ok: bool
+    latency_ms: float | None = None
+    shape: list[int] | None = None
+    top: list[ClassScore] = []
+    problems: list[str] = []
+    hint: str = ""
 
 
 class Method(Answer):

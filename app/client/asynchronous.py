@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -21,6 +21,7 @@ from app.client.answers import (
     Metric,
     Page,
     Prediction,
+    Probe,
     Student,
     Teacher,
 )
@@ -199,7 +200,57 @@ class AsyncTeachers:
         self._dram = dram
 
     async def list(self, *, limit: int | None = None, after: str | None = None) -> Page[Teacher]:
+        """First the catalogue, then your own, newest first."""
         return await self._dram.run(calls.list_teachers(limit, after))
+
+    async def get(self, teacher_id: str) -> Teacher:
+        return await self._dram.run(calls.get_teacher(teacher_id))
+
+    async def add_http(
+        self,
+        *,
+        title: str,
+        url: str,
+        classes: Sequence[str],
+        input: dict[str, Any],
+        headers: dict[str, str] | None = None,
+        **more: Any,
+    ) -> Teacher:
+        """Add an endpoint. `input`: height, width and the like; `more`: protocol, answers, batch_size, …
+
+        `headers` are secrets: the service encrypts them and never shows them again.
+        """
+        order = {
+            "title": title,
+            "url": url,
+            "classes": [*classes],
+            "input": input,
+            "headers": headers,
+            **more,
+        }
+        return await self._dram.run(calls.create_http_teacher(order))
+
+    async def add_onnx(
+        self, model: str | Path, *, classes: Sequence[str], title: str | None = None, **more: Any
+    ) -> Teacher:
+        """Add an ONNX file. `more`: what the file does not say: input, answers, output_name, …"""
+        path = Path(model)
+        order = {"title": title or path.stem, "classes": [*classes], **more}
+        with path.open("rb") as file:
+            return await self._dram.run(calls.create_onnx_teacher(file, order))
+
+    async def probe(self, teacher_id: str, image: str | Path | bytes | None = None) -> Probe:
+        """Ask about one image (None: a test pattern) and see what is wrong, if anything is."""
+        content = Path(image) if isinstance(image, str) else image
+        return await self._dram.run(calls.probe_teacher(teacher_id, content))
+
+    async def replace_headers(self, teacher_id: str, headers: dict[str, str]) -> Teacher:
+        """Put these secret headers in place of all old ones."""
+        return await self._dram.run(calls.replace_teacher_headers(teacher_id, headers))
+
+    async def delete(self, teacher_id: str) -> None:
+        """Take a teacher of yours away. Refused (409) while an unfinished job asks it."""
+        await self._dram.run(calls.delete_teacher(teacher_id))
 
 
 class AsyncJobs:

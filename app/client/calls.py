@@ -6,6 +6,7 @@ is written once, here.
 
 from __future__ import annotations
 
+import json
 import time
 import uuid
 from collections.abc import Generator, Mapping
@@ -25,6 +26,7 @@ from app.client.answers import (
     Metric,
     Page,
     Prediction,
+    Probe,
     Student,
     Teacher,
 )
@@ -34,6 +36,8 @@ from app.client.errors import JobTimeoutError
 LONG_POLL_S = 30
 #: The service decodes every image before it answers an upload.
 UPLOAD_ANSWER_S = 900
+#: It loads a teacher's file and tries it.
+MODEL_ANSWER_S = 300
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,48 @@ def delete_dataset(dataset_id: str) -> Flow[None]:
 
 def list_teachers(limit: int | None, after: str | None) -> Flow[Page[Teacher]]:
     return _list("/v1/teachers", Teacher, limit, after)
+
+
+def get_teacher(teacher_id: str) -> Flow[Teacher]:
+    return _get(f"/v1/teachers/{teacher_id}", Teacher)
+
+
+def create_http_teacher(order: Mapping[str, Any]) -> Flow[Teacher]:
+    response = yield Call("POST", "/v1/teachers", json={**_given(order), "kind": "http"})
+    return Teacher.model_validate(response.json())
+
+
+def create_onnx_teacher(model: IO[bytes], order: Mapping[str, Any]) -> Flow[Teacher]:
+    response = yield Call(
+        "POST",
+        "/v1/teachers",
+        form={"spec": json.dumps({**_given(order), "kind": "onnx"})},
+        files={"model": ("model.onnx", model, "application/octet-stream")},
+        answer_s=MODEL_ANSWER_S,
+    )
+    return Teacher.model_validate(response.json())
+
+
+def probe_teacher(teacher_id: str, image: Path | bytes | None) -> Flow[Probe]:
+    """Not repeated by itself: a question may cost something."""
+    response = yield Call(
+        "POST",
+        f"/v1/teachers/{teacher_id}/probe",
+        content=image.read_bytes() if isinstance(image, Path) else image,
+        headers={"Content-Type": "application/octet-stream"},
+        answer_s=MODEL_ANSWER_S,
+    )
+    return Probe.model_validate(response.json())
+
+
+def replace_teacher_headers(teacher_id: str, headers: Mapping[str, str]) -> Flow[Teacher]:
+    path = f"/v1/teachers/{teacher_id}/headers"
+    response = yield Call("PUT", path, json={"headers": dict(headers)}, repeatable=True)
+    return Teacher.model_validate(response.json())
+
+
+def delete_teacher(teacher_id: str) -> Flow[None]:
+    yield Call("DELETE", f"/v1/teachers/{teacher_id}")
 
 
 def list_methods() -> Flow[Page[Method]]:

@@ -53,7 +53,20 @@ _MODEL, _SPEC = "model", "spec"
 
 
 def _schema(order: type[BaseModel]) -> dict[str, Any]:
-    return order.model_json_schema()
+    """The JSON schema of an order that FastAPI does not read itself, whole in one piece."""
+    schema = order.model_json_schema()
+    whole: dict[str, Any] = _inlined(schema, schema.pop("$defs", {}))
+    return whole
+
+
+def _inlined(node: Any, definitions: dict[str, Any]) -> Any:
+    if isinstance(node, list):
+        return [_inlined(part, definitions) for part in node]
+    if not isinstance(node, dict):
+        return node
+    meant = definitions[node["$ref"].rpartition("/")[2]] if "$ref" in node else {}
+    rest = {name: value for name, value in node.items() if name != "$ref"}
+    return {name: _inlined(value, definitions) for name, value in {**meant, **rest}.items()}
 
 
 _BODY = {

@@ -225,11 +225,24 @@ class TeacherAnswer(Answer):
     created_at: Time | None = Field(description="Of a black box of yours.")
 
 
+class InputAnswer(Answer):
+    """The images that a black box expects."""
+
+    height: int
+    width: int
+    channels: Literal[1, 3]
+    layout: Literal["NCHW", "NHWC"]
+    dtype: Literal["float32", "uint8"]
+    range: Literal["0..1", "-1..1", "0..255"]
+    mean: list[float]
+    std: list[float]
+
+
 class BlackBoxDetail(Answer):
     """A black box as it is asked."""
 
     classes: list[str]
-    input: InputFormat
+    input: InputAnswer
     answers: AnswerKind
     protocol: WireProtocol | None
     input_name: str

@@ -237,9 +237,7 @@ def availability_of(row: Teacher) -> Availability:
 
 
 def no_teacher(teacher_id: str) -> NotFound:
-    return NotFound(
-        f"There is no teacher '{teacher_id[:64]}'. GET /v1/teachers lists them.", code="teacher_not_found"
-    )
+    return NotFound(f"There is no teacher '{teacher_id[:64]}'. GET /v1/teachers lists them.")
 
 
 def _live(principal: Principal) -> sa.Select[Teacher]:

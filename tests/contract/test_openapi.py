@@ -6,6 +6,7 @@ After a change on purpose: `python tests/contract/test_openapi.py` writes the sn
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -87,6 +88,12 @@ def test_answers_have_no_optional_members(openapi: dict[str, Any]) -> None:
         if missing:
             loose.append((name, sorted(missing)))
     assert loose == []
+
+
+def test_every_reference_leads_to_a_schema(openapi: dict[str, Any]) -> None:
+    named = {f"#/components/schemas/{name}" for name in openapi["components"]["schemas"]}
+    used = set(re.findall(r'"\$ref": "([^"]+)"', json.dumps(openapi)))
+    assert used - named == set()
 
 
 def _answered(openapi: dict[str, Any]) -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
@@ -23,6 +24,7 @@ from PIL import Image
 from pydantic import SecretStr
 
 from app import ids
+from app.client import AsyncDram, Dram
 from app.datasets.tables import Dataset
 from app.errors import Invalid, Unavailable
 from app.jobs.tables import Job
@@ -618,3 +620,49 @@ def test_a_probe_with_no_image_in_its_body_is_refused(client: httpx.Client, endp
     answer = client.post(f"/v1/teachers/{teacher['id']}/probe", content=b"%PDF-1.7")
     assert (answer.status_code, answer.json()["code"]) == (415, "image_format")
     assert endpoint.asked == []
+
+
+# ---- the clients ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_the_client_does_all_of_it(gateway: Gateway, endpoint: Endpoint, tmp_path: Path) -> None:
+    (tmp_path / "colours.onnx").write_bytes(graph())
+    (tmp_path / "blue.png").write_bytes(picture("blue"))
+    with Dram(gateway.url, gateway.key) as dram:
+        behind = dram.teachers.add_http(
+            title="Colours", url=endpoint.url, classes=CLASSES, input={"height": 8, "width": 8},
+            headers={"X-Key": SECRET}, batch_size=4,
+        )  # fmt: skip
+        assert behind.is_own
+        assert behind.black_box is not None
+        assert behind.black_box["batch_size"] == 4
+        assert dram.teachers.probe(behind.id, tmp_path / "blue.png").top[0].name == "blue"
+        assert dram.teachers.replace_headers(behind.id, {"X-Other": "x"}).black_box["headers"] == ["X-Other"]
+        file = dram.teachers.add_onnx(tmp_path / "colours.onnx", classes=CLASSES, answers="probabilities")
+        assert (file.title, file.kind) == ("colours", "onnx")
+        assert dram.teachers.probe(file.id).ok
+        assert dram.teachers.get(file.id).black_box["probe"]["ok"]
+        assert [item.id for item in dram.teachers.list(limit=100).data][-2:] == [file.id, behind.id]
+        dram.teachers.delete(behind.id)
+        assert behind.id not in [item.id for item in dram.teachers.list(limit=100).data]
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_the_asynchronous_client_does_all_of_it(gateway: Gateway, endpoint: Endpoint, tmp_path: Path) -> None:
+    (tmp_path / "colours.onnx").write_bytes(graph())
+
+    async def use() -> None:
+        async with AsyncDram(gateway.url, gateway.key) as dram:
+            behind = await dram.teachers.add_http(
+                title="Colours", url=endpoint.url, classes=CLASSES, input={"height": 8, "width": 8}
+            )
+            assert (await dram.teachers.probe(behind.id, picture("red"))).top[0].name == "red"
+            await dram.teachers.replace_headers(behind.id, {"X-Other": "x"})
+            assert (await dram.teachers.get(behind.id)).black_box["headers"] == ["X-Other"]
+            file = await dram.teachers.add_onnx(tmp_path / "colours.onnx", classes=CLASSES)
+            assert (await dram.teachers.probe(file.id)).ok
+            await dram.teachers.delete(file.id)
+            assert file.id not in [item.id for item in (await dram.teachers.list(limit=100)).data]
+
+    asyncio.run(use())
