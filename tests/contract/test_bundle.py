@@ -10,10 +10,14 @@ import zipfile
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from models import local
+from models import local, students
+from models.data import images
+from models.export import onnx_graph
 from models.methods import METHODS
+from models.teachers.black_box import InputFormat, OnnxTeacher
 
 #: Runs a script with only these packages (and what they import) beside the standard library.
 _ALONE = """
@@ -36,18 +40,22 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-@pytest.fixture(scope="module")
-def bundle_zip(tmp_path_factory):
-    """Made by every stage of the kd method: a real teacher, a real student, a few steps."""
-    root = tmp_path_factory.mktemp("job")
-    random = np.random.default_rng(0)
+COLOURS = {"blue": (40, 90, 220), "red": (220, 60, 40)}
+
+
+def paint(folder, colour, count, random):
+    folder.mkdir(parents=True, exist_ok=True)
+    first = len(list(folder.iterdir()))
+    for number in range(first, first + count):
+        pixels = (np.array(colour) + random.normal(0, 40, (45, 38, 3))).clip(0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.jpg")
+
+
+def by_kd(root, random):
+    """Every stage of kd: a real teacher, a real student, a few steps."""
     for split, count in (("", 4), ("test", 3)):
-        for label, colour in enumerate(((220, 60, 40), (40, 90, 220))):
-            folder = root / "images" / split / ("red", "blue")[label]
-            folder.mkdir(parents=True)
-            for number in range(count):
-                pixels = (np.array(colour) + random.normal(0, 40, (45, 38, 3))).clip(0, 255).astype(np.uint8)
-                Image.fromarray(pixels).save(folder / f"{number}.jpg")
+        for name, colour in COLOURS.items():
+            paint(root / "images" / split / name, colour, count, random)
     params = METHODS["kd"].resolve(
         "draft",
         {
@@ -57,9 +65,55 @@ def bundle_zip(tmp_path_factory):
             "evaluation": {"latency_runs": 5},
         },
     )
-    made = local.run(
+    return local.run(
         "kd", root / "images", "efficientnet_lite0", "conv4", root / "out", params=params, device="cpu"
     )
+
+
+def by_fsbbt(root, random):
+    """Every stage of fsbbt: images without labels, an ONNX file that runs in its sandbox, a few steps."""
+    for colour in COLOURS.values():
+        paint(root / "images" / "unlabelled", colour, 10, random)
+    torch.manual_seed(0)
+    graph = onnx_graph.build(students.build("conv4", 2, 32), 32, images.MEAN, images.STD)
+    content = onnx_graph.to_bytes(graph)
+    (root / "teacher.onnx").write_bytes(content)
+    teacher = OnnxTeacher(
+        name="tch_1",
+        title="A file",
+        classes=tuple(COLOURS),
+        input=InputFormat(height=32, width=32, layout="NHWC", dtype="uint8", range="0..255"),
+        source=hashlib.sha256(content).hexdigest(),
+        bytes=len(content),
+        parameters=113_000,
+        input_name="image",
+        output_name="probabilities",
+    )
+    params = METHODS["fsbbt"].resolve(
+        "draft",
+        {
+            "synthesis": {"images": 40},
+            "cvae": {"epochs": 2},
+            "distillation": {"steps": 20, "batch_size": 8},
+            "export": {"int8": True, "max_accuracy_drop": 1.0},
+            "evaluation": {"latency_runs": 5},
+        },
+    )
+    return local.run(
+        "fsbbt",
+        root / "images",
+        teacher,
+        "conv4",
+        root / "out",
+        params=params,
+        device="cpu",
+        model=root / "teacher.onnx",
+    )
+
+
+@pytest.fixture(scope="module", params=[by_kd, by_fsbbt], ids=["kd", "fsbbt"])
+def bundle_zip(request, tmp_path_factory):
+    made = request.param(tmp_path_factory.mktemp("job"), np.random.default_rng(0))
     return made.folder("bundle") / "bundle.zip"
 
 

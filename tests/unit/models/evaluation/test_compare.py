@@ -69,3 +69,9 @@ def test_disagreements_say_who_is_right_and_leave_out_common_answers():
 def test_a_disagreement_that_both_lose_is_won_by_neither():
     (found,) = compare.disagreements(STUDENT[1:2], TEACHER[1:2], np.array([2]), NAMES, CLASSES, 5)
     assert found.right == "neither"
+
+
+def test_a_disagreement_on_an_image_without_a_label_is_won_by_nobody():
+    first, second = compare.disagreements(STUDENT, TEACHER, np.array([0, -1, -1, 0]), NAMES, CLASSES, 10)
+    assert (first.image, first.label, first.student, first.right) == ("b.jpg", None, "cat", None)
+    assert (second.image, second.label, second.right) == ("d.jpg", "cat", "student")

@@ -30,6 +30,15 @@ def test_networks_are_timed_in_turn_and_the_first_changes():
     assert seconds["teacher"].min() >= 0.004
 
 
+def test_a_teacher_that_cannot_be_timed_in_turn_is_timed_alone_and_not_for_long():
+    calls = []
+    alone = Sleeper("alone", 0.004, calls)
+    seconds = latency.alone(lambda: alone.run(None, {"image": np.zeros((1, 4, 5, 3))}), runs=6, most_s=9.0)
+    assert (len(calls), len(seconds)) == (7, 6)
+    assert seconds.min() >= 0.004
+    assert 1 <= len(latency.alone(lambda: time.sleep(0.02), runs=50, most_s=0.05)) <= 3
+
+
 def test_the_summary_is_in_milliseconds():
     found = latency.summary(np.arange(1, 101) / 1000)
     assert (found.median_ms, found.p95_ms, found.runs) == (pytest.approx(50.5), pytest.approx(95.05), 100)
