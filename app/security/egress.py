@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from urllib.parse import quote, urlsplit
 
@@ -182,9 +183,14 @@ class Egress:
         """`allow` holds the operator's rules, see `Rule.parse`; `tls` says whom to trust (None: the system)."""
         self._rules = tuple(Rule.parse(text) for text in allow)
         self._resolver = resolver
-        self._tls = tls or ssl.create_default_context()
+        self._given_tls = tls
         self._idle: dict[tuple[str, str, int], list[_Connection]] = {}
         self._lock = threading.Lock()
+
+    @cached_property
+    def _tls(self) -> ssl.SSLContext:
+        """Made at the first use: it reads all of the system's certificates."""
+        return self._given_tls or ssl.create_default_context()
 
     def check(self, url: str) -> None:
         """Raises `Refused` for a URL that will never be asked, `Unreachable` where its name has no address now."""

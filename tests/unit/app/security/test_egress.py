@@ -55,6 +55,7 @@ NAMES = {
     "metadata.example": ["169.254.169.254"],
     "inside.example": ["10.1.2.3"],
     "half.example": ["93.184.216.34", "192.168.0.1"],
+    "both.example": ["10.9.9.9", "93.184.216.34"],
     "six.example": ["2606:2800:220:1::1", "fd00::1"],
     "mapped.example": ["::ffff:127.0.0.1"],
     "zone.example": ["fe80::1%lo"],
@@ -188,7 +189,9 @@ def test_addresses_are_public_as_the_iana_registries_say(address: str, expected:
     [("127.0.0.1", "http://127.0.0.1:9/", True), ("127.0.0.1:9", "http://127.0.0.1:9/", True),
      ("127.0.0.1:9", "http://127.0.0.1:8/", False), ("10.0.0.0/8", "http://10.9.9.9/", True),
      ("10.0.0.0/8:80", "http://inside.example/", True), ("10.0.0.0/8:80", "https://inside.example/", False),
-     ("10.0.0.0/8", "http://192.168.0.1/", False), ("Inside.Example", "http://inside.example:81/", True),
+     ("10.0.0.0/8", "http://192.168.0.1/", False),
+     ("10.0.0.0/8", "https://both.example/", True), ("10.0.0.0/8", "http://both.example/", False),
+     ("10.0.0.0/8", "https://both.example:22/", False), ("Inside.Example", "http://inside.example:81/", True),
      ("inside.example:81", "http://inside.example:81/", True), ("inside.example:81", "http://inside.example/", False),
      ("inside.example", "http://internal/", False), ("[::1]:80", "http://[::1]/", True),
      ("fd00::/8", "http://[fd00::9]:1/", True), ("[fd00::/8]:1", "http://[fd00::9]:1/", True),
@@ -387,7 +390,7 @@ def test_a_server_that_answers_413_without_reading_is_heard() -> None:
 
     with serving(early) as server:
         server.reads = False
-        assert post(server.egress(), server.url, bytes(200_000)).status == 413
+        assert post(server.egress(), server.url, bytes(30 * 2**20)).status == 413
 
 
 @pytest.fixture(scope="module")

@@ -5,15 +5,21 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
+import threading
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from app.security.egress import Egress
 from models.errors import TeacherError
 from models.pipeline import Response
 from models.teachers.black_box import AnswerKind, HttpTeacher, InputFormat, WireProtocol
+from models.teachers.formats import read_answers
+from models.teachers.http_endpoint import HttpEndpoint
 from models.teachers.http_protocols import ADAPTERS
 
 IMAGES = [np.random.default_rng(at).integers(0, 256, (4, 5, 3), dtype=np.uint8) for at in range(3)]
@@ -300,3 +306,34 @@ def test_one_long_string_among_many_costs_no_more_than_it_is_long() -> None:
     body = {"labels": ["x" * 2**20, *["cat"] * 2**16]}
     with pytest.raises(TeacherError, match="the class 'xxx"):
         read(teacher("dram", "label"), body)
+
+
+GUIDE = Path(__file__).parents[4] / "docs" / "black-box-teachers.md"
+
+
+def test_the_answers_that_the_guide_shows_are_read() -> None:
+    shown = re.findall(r"<!-- answer: (\w+) (\w+) -->\n```json\n(.*?)```", GUIDE.read_text(), re.DOTALL)
+    assert {protocol for protocol, _, _ in shown} == set(WireProtocol) - {WireProtocol.KSERVE_V2_BINARY}
+    for protocol, answers, body in shown:
+        images = 1 if protocol == "torchserve" else 2
+        spec = teacher(protocol, answers).model_copy(update={"classes": ("cat", "dog", "fox")})
+        raw = read(spec, body.encode(), images)
+        rows = read_answers(raw, spec.answers, 3, images)
+        assert np.nanargmax(rows, axis=1).tolist() == [0, 2][:images]
+
+
+def test_the_endpoint_that_the_guide_shows_answers() -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL)
+    names: dict[str, Any] = {"__name__": "guide"}
+    exec(code, names)  # our own page
+    names["Handler"].log_message = lambda *_: None
+    with names["ThreadingHTTPServer"](("127.0.0.1", 0), names["Handler"]) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        address = f"127.0.0.1:{server.server_port}"
+        spec = teacher("dram").model_copy(update={"source": f"http://{address}/"})
+        egress = Egress([address])
+        rows = HttpEndpoint(spec, egress, {}).answer(IMAGES)
+        server.shutdown()
+        egress.close()
+    assert rows[:, 0] == pytest.approx(BATCH.mean(axis=(1, 2, 3)) / 255, abs=1e-5)
