@@ -140,7 +140,10 @@ def _quality(report: Report) -> str:
         f"| latency, median | {ours['median_ms']:.2f} ms | {_known(theirs, _median)} |",
         f"| latency, 95th percentile | {ours['p95_ms']:.2f} ms | {_known(theirs, _slowest)} |",
     ]
-    agreement = f"Student and teacher give the same answer to {_agreed(report['agreement'])} of the images."
+    share = _agreed(report["agreement"])
+    if report["evaluation"]["kind"] == "cross_validation":  # its folds depend on each other
+        share = f"{100 * report['agreement']['value']:.1f} %"
+    agreement = f"Student and teacher give the same answer to {share} of the images."
     if paired is not None:
         low, high = 100 * paired["low"], 100 * paired["high"]
         agreement += (
