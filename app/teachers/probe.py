@@ -17,7 +17,7 @@ from app.teachers.schemas import ProbeReport, TopClass
 from models.errors import TeacherError, TryAgain
 from models.teachers.black_box import MODEL_FILE, Answers, BlackBox, BlackBoxTeacher, OnnxTeacher, Pixels
 from models.teachers.http_endpoint import HttpEndpoint
-from models.teachers.onnx_file import OnnxFile
+from models.teachers.onnx_file import Limits, OnnxFile
 
 _MOST_CLASSES = 5
 #: A person waits for the answer, whatever the teacher's own timeout is.
@@ -69,7 +69,7 @@ def _opened(
         if isinstance(spec, OnnxTeacher):
             path = Path(folder, MODEL_FILE)
             blobs.fetch(files[MODEL_FILE], path)
-            box: BlackBox = OnnxFile(path, spec)
+            box: BlackBox = OnnxFile(path, spec, Limits(bytes=settings.max_model_bytes))
             transport = None
         else:
             patient = spec.model_copy(update={"timeout_s": min(spec.timeout_s, _LONGEST_WAIT_S)})

@@ -45,8 +45,9 @@ router = APIRouter(prefix="/v1/teachers", tags=["teachers"])
 Reader = Annotated[Principal, allowed("jobs:read")]
 Writer = Annotated[Principal, allowed("teachers:write")]
 
-#: Teachers that this process tries at the same time; others wait.
-_TRYING = anyio.CapacityLimiter(2)
+#: Files that this process runs, and endpoints that it asks, at the same time; others wait.
+_RUNNING = anyio.CapacityLimiter(2)
+_ASKING = anyio.CapacityLimiter(16)
 #: An uploaded file is on disk as sent, cut out of its form, and as a blob.
 _COPIES = 3
 _MODEL, _SPEC = "model", "spec"
@@ -173,23 +174,35 @@ async def try_out(teacher_id: str, request: Request, wiring: Wired, principal: W
     content = await _capped(request, wiring.settings.max_image_bytes, "The image")
     reader: ImageReader = request.app.state.images
     image = await anyio.to_thread.run_sync(reader.pixels, content) if content else None
-    report = await anyio.to_thread.run_sync(_tried, wiring, principal, teacher_id, image, limiter=_TRYING)
+    known = service.catalogue(wiring.settings)
+    if teacher_id in known:
+        report = await anyio.to_thread.run_sync(_had, wiring, known[teacher_id])
+    else:
+        row, headers = await anyio.to_thread.run_sync(_with_headers, wiring, principal, teacher_id)
+        limiter = _RUNNING if row.kind == "onnx" else _ASKING
+        report = await anyio.to_thread.run_sync(
+            _asked, wiring, principal, row, headers, image, limiter=limiter
+        )
     return ProbeAnswer(object="probe", teacher_id=teacher_id, **report.model_dump())
 
 
-def _tried(wiring: Wiring, principal: Principal, teacher_id: str, image: Pixels | None) -> ProbeReport:
-    known = service.catalogue(wiring.settings)
-    if teacher_id in known:
-        state = service.availability(wiring, [known[teacher_id]])[teacher_id]
-        problems, hint = ([], "") if state.available else ([state.reason], "Choose another teacher.")
-        return ProbeReport(
-            ok=state.available, latency_ms=None, shape=None, top=[], problems=problems, hint=hint
-        )
+def _had(wiring: Wiring, spec: TeacherSpec) -> ProbeReport:
+    state = service.availability(wiring, [spec])[spec.name]
+    problems, hint = ([], "") if state.available else ([state.reason], "Choose another teacher.")
+    return ProbeReport(ok=state.available, latency_ms=None, shape=None, top=[], problems=problems, hint=hint)
+
+
+def _with_headers(wiring: Wiring, principal: Principal, teacher_id: str) -> tuple[Teacher, dict[str, str]]:
     with wiring.database.reading() as session:
         row = service.get(session, principal, teacher_id)
-        headers = service.headers(session, wiring.settings, principal.tenant, teacher_id)
+        return row, service.headers(session, wiring.settings, principal.tenant, teacher_id)
+
+
+def _asked(
+    wiring: Wiring, principal: Principal, row: Teacher, headers: dict[str, str], image: Pixels | None
+) -> ProbeReport:
     report = probe.probe(service.spec_of(row), row.files, headers, image, wiring.settings, wiring.blobs)
-    service.record_probe(wiring, principal, teacher_id, report.model_dump())
+    service.record_probe(wiring, principal, row.id, report.model_dump())
     return report
 
 
@@ -219,7 +232,7 @@ async def _create_onnx(request: Request, wiring: Wiring, principal: Principal) -
                 max_files=8,
                 max_field_bytes=MAX_SPEC_BYTES,
             )
-        return await anyio.to_thread.run_sync(_onnx, wiring, principal, upload, limiter=_TRYING)
+        return await anyio.to_thread.run_sync(_onnx, wiring, principal, upload, limiter=_RUNNING)
     except ClientDisconnect:
         raise BadRequest(
             "The connection was lost before the upload was complete. Nothing was stored; send it again.",

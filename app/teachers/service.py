@@ -245,8 +245,9 @@ def _live(principal: Principal) -> sa.Select[Teacher]:
 
 
 def _own_ids(session: Session, principal: Principal) -> list[str]:
-    rows, more = paging.newest(session, _live(principal), Teacher.id, limit=_MOST_NAMED, after=None)
-    return [*(row.id for row in rows), *(["…"] if more else [])]
+    select = _live(principal).with_only_columns(Teacher.id)
+    found, more = paging.newest(session, select, Teacher.id, limit=_MOST_NAMED, after=None)
+    return [*found, *(["…"] if more else [])]
 
 
 def _sealed(settings: Settings, teacher_id: str, headers: Mapping[str, str]) -> str | None:
