@@ -24,7 +24,11 @@ _ADAPTERS_HEADERS = frozenset(
 )
 _MOST_HEADERS = 32
 _LONGEST_VALUE = 8192
-_SECRET_PARAMETER = re.compile(r"key|token|secret|sig|password|passwd|auth|credential|access", re.IGNORECASE)
+#: Names of URL parameters that services take secrets in.
+_SECRET_PARAMETER = re.compile(
+    r"(key|token|secret|signature|password|passwd|pwd|auth|authorization|credentials?|\b(sig|code))$",
+    re.IGNORECASE,
+)
 
 
 def _printable(text: str) -> str:

@@ -8,6 +8,7 @@ import io
 import json
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -21,16 +22,18 @@ import pytest
 import structlog
 from onnx import TensorProto, helper
 from PIL import Image
-from pydantic import SecretStr
+from pydantic import SecretStr, ValidationError
+from sqlalchemy.orm import Session
 
 from app import ids
 from app.client import AsyncDram, Dram
 from app.datasets.tables import Dataset
-from app.errors import Invalid, Unavailable
+from app.errors import Conflict, Invalid, Unavailable
 from app.jobs.tables import Job
 from app.security.principal import Principal
 from app.settings import Settings
-from app.teachers import service
+from app.teachers import registration, service
+from app.teachers.schemas import HttpOrder
 from app.wiring import Wiring
 
 if TYPE_CHECKING:
@@ -382,6 +385,21 @@ def test_a_url_that_cannot_be_asked_is_refused(client: httpx.Client, url: str, w
     assert "abc" not in answer.text
 
 
+@pytest.mark.parametrize(
+    "name", ["key", "api_key", "apiKey", "X-Amz-Signature", "access_token", "sig", "code", "subscription-key"]
+)
+def test_a_parameter_that_looks_like_a_secret_is_refused(name: str) -> None:
+    described = order(f"https://models.example/infer?version=2&{name}={SECRET}")
+    with pytest.raises(ValidationError, match=f"'{name}' looks like a secret"):
+        HttpOrder.model_validate(described)
+
+
+@pytest.mark.parametrize("name", ["version", "api-version", "author", "zipcode", "signature_name", "design"])
+def test_other_parameters_are_taken(name: str) -> None:
+    described = order(f"https://models.example/infer?{name}=7")
+    assert HttpOrder.model_validate(described).url == described["url"]
+
+
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 def test_values_of_parameters_are_not_shown(client: httpx.Client, endpoint: Endpoint) -> None:
     teacher = made(client, f"{endpoint.url}?version=v-17")
@@ -575,21 +593,27 @@ def test_the_list_goes_on_from_the_catalogue_to_ones_own(client: httpx.Client, e
         assert seen == whole
 
 
+def add_job(session: Session, teacher_id: str) -> Job:
+    """One that runs."""
+    dataset = Dataset(id=ids.new("ds"), tenant="default", name="d", digest="d", classes=["a", "b"], splits={},
+                      smallest_class=2, report={})  # fmt: skip
+    session.add(dataset)
+    session.flush()
+    job = Job(
+        id=ids.new("job"), tenant="default", dataset_id=dataset.id, teacher=teacher_id, method="fsbbt",
+        student="conv4", preset="draft", params={}, seed=0, labels={}, sources={}, shape={}, status="running",
+    )  # fmt: skip
+    session.add(job)
+    return job
+
+
 def test_a_teacher_is_not_deleted_while_a_job_asks_it(
     client: httpx.Client, wiring: Wiring, endpoint: Endpoint
 ) -> None:
     teacher = made(client, endpoint.url, headers={"X-Key": SECRET})
     url = f"/v1/teachers/{teacher['id']}"
     with wiring.database.writing() as session:
-        dataset = Dataset(id=ids.new("ds"), tenant="default", name="d", digest="d", classes=["a", "b"], splits={},
-                          smallest_class=2, report={})  # fmt: skip
-        session.add(dataset)
-        session.flush()
-        job = Job(
-            id=ids.new("job"), tenant="default", dataset_id=dataset.id, teacher=teacher["id"], method="fsbbt",
-            student="conv4", preset="draft", params={}, seed=0, labels={}, sources={}, shape={}, status="running",
-        )  # fmt: skip
-        session.add(job)
+        job = add_job(session, teacher["id"])
     refused = client.delete(url)
     assert (refused.status_code, refused.json()["code"]) == (409, "teacher_in_use")
     assert job.id in refused.json()["detail"]
@@ -601,6 +625,22 @@ def test_a_teacher_is_not_deleted_while_a_job_asks_it(
     assert client.delete(url).status_code == 404
     with wiring.database.reading() as session:
         assert service.headers(session, wiring.settings, "default", teacher["id"]) == {}
+
+
+def test_a_job_that_is_being_ordered_keeps_its_teacher(wiring: Wiring, endpoint: Endpoint) -> None:
+    """Whoever deletes waits until the job is there, and then finds it."""
+    owner = Principal("default", frozenset())
+    described = HttpOrder.model_validate(order(endpoint.url))
+    teacher = service.create(wiring, owner, registration.http_teacher(described, service.new_id()), {}, {})
+    with ThreadPoolExecutor(1) as threads:
+        with wiring.database.writing() as session:
+            assert service.resolve(session, wiring.settings, owner, teacher.id).spec.name == teacher.id
+            deleting = threads.submit(service.delete, wiring, owner, teacher.id)
+            with pytest.raises(TimeoutError):
+                deleting.result(0.3)
+            add_job(session, teacher.id)
+        with pytest.raises(Conflict, match="still asks"):
+            deleting.result(10)
 
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
