@@ -73,6 +73,7 @@ class Stack:
             "DRAM_RING_AGAIN_S": "1",
             "DRAM_CHECKPOINT_S": "0.5",
             "DRAM_DEVICE": "cpu",
+            "DRAM_EGRESS_ALLOW": "127.0.0.1",  # where the black boxes of the tests listen
         }
         names = {
             name.removeprefix("DRAM_").lower(): value for name, value in self.environment.items() if value
