@@ -41,7 +41,13 @@ Param = Annotated[
     typer.Option("--param", metavar="GROUP.NAME=VALUE", help="A parameter of the method; may be repeated."),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+QueryBudget = Annotated[
+    int | None, typer.Option("--query-budget", min=0, help="Most questions to put to a black-box teacher.")
+]
 Precision = Annotated[str, typer.Option(help="fp32, or int8 for a quantised file beside it.")]
+QueryBudget = Annotated[
+    int | None, typer.Option(min=0, help="Most questions that a black-box teacher may be asked.")
+]
 JobId = Annotated[str, typer.Argument(metavar="JOB")]
 
 
@@ -151,6 +157,8 @@ def submit(
     param: Param = None,
     seed: Seed = 0,
     precision: Precision = "fp32",
+    query_budget: QueryBudget = None,
+    query_budget: QueryBudget = None,
     watch: Annotated[bool, typer.Option("--watch", help="Stay until it has finished.")] = False,
     url: Url = None,
     key: Key = None,
@@ -162,7 +170,7 @@ def submit(
     with service(url, key, Home(home)) as dram:
         job = dram.jobs.create(
             dataset_id=dataset, teacher_id=teacher or _first_teacher(dram), method=method or _usual(teacher),
-            student=student, preset=preset, params=params, seed=seed, precision=precision,
+            student=student, preset=preset, params=params, seed=seed, precision=precision, query_budget=query_budget,
         )  # fmt: skip
         if as_json:
             console.print_json(job.model_dump(mode="json"))
@@ -220,6 +228,7 @@ def download(
         Path | None, typer.Option(help="FILE.onnx for the network alone, FILE.zip for the whole bundle.")
     ] = None,
     precision: Precision = "fp32",
+    query_budget: QueryBudget = None,
     url: Url = None,
     key: Key = None,
     home: HomeFolder = HERE,
@@ -238,6 +247,7 @@ def predict(
     image: Annotated[Path, typer.Argument(metavar="IMAGE", help="A JPEG, PNG or WebP file.")],
     top: Annotated[int, typer.Option(min=1, help="How many labels to show.")] = 5,
     precision: Precision = "fp32",
+    query_budget: QueryBudget = None,
     url: Url = None,
     key: Key = None,
     home: HomeFolder = HERE,
@@ -267,6 +277,8 @@ def distill(
     param: Param = None,
     seed: Seed = 0,
     precision: Precision = "fp32",
+    query_budget: QueryBudget = None,
+    query_budget: QueryBudget = None,
     url: Url = None,
     key: Key = None,
     home: HomeFolder = HERE,
@@ -281,7 +293,7 @@ def distill(
         console.dataset(made)
         job = dram.jobs.create(
             dataset_id=made.id, teacher_id=teacher or _first_teacher(dram), method=method or _usual(teacher),
-            student=student, preset=preset, params=params, seed=seed, precision=precision,
+            student=student, preset=preset, params=params, seed=seed, precision=precision, query_budget=query_budget,
         )  # fmt: skip
         done = _watch(dram, job.id)
         assert done.student_id is not None
@@ -303,6 +315,10 @@ def _watch(dram: Dram, job_id: str) -> Job:
         console.job_failure(job)
         raise typer.Exit(1)
     console.note(f"{job.id} succeeded: {job.student_id}")
+    if job.queries.planned is not None:
+        console.note(
+            f"Questions to the teacher: {job.queries.spent:,}; answered before: {job.queries.cached:,}."
+        )
     return job
 
 

@@ -61,6 +61,24 @@ class Failure(Answer):
     retryable: bool = False
 
 
+class Queries(Answer):
+    """Questions put to a black-box teacher: `spent` never passes `budget`; `cached` ones cost nothing."""
+
+    budget: int | None = None
+    planned: int | None = None
+    spent: int = 0
+    cached: int = 0
+
+
+class Queries(Answer):
+    """Questions to a black-box teacher. `planned` None: the method asks none."""
+
+    budget: int | None = None
+    planned: int | None = None
+    spent: int = 0
+    cached: int = 0
+
+
 class Job(Answer):
     id: str
     status: str
@@ -71,8 +89,10 @@ class Job(Answer):
     attempt: int = 1
     progress: Progress = Progress()
     stages: list[Stage] = []
+    queries: Queries = Queries()
     error: Failure | None = None
     student_id: str | None = None
+    queries: Queries = Queries()
 
     @property
     def finished(self) -> bool:

@@ -268,6 +268,8 @@ class Jobs:
         params: dict[str, Any] | None = None,
         seed: int | None = None,
         precision: str | None = None,
+        query_budget: int | None = None,
+        query_budget: int | None = None,
         metadata: dict[str, str] | None = None,
         cancel_after_s: float | None = None,
         idempotency_key: str | None = None,
@@ -282,6 +284,8 @@ class Jobs:
             "params": params,
             "seed": seed,
             "precision": precision,
+            "query_budget": query_budget,
+            "query_budget": query_budget,
             "metadata": metadata,
             "cancel_after_s": cancel_after_s,
         }
