@@ -41,9 +41,6 @@ Param = Annotated[
     typer.Option("--param", metavar="GROUP.NAME=VALUE", help="A parameter of the method; may be repeated."),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
-QueryBudget = Annotated[
-    int | None, typer.Option("--query-budget", min=0, help="Most questions to put to a black-box teacher.")
-]
 Precision = Annotated[str, typer.Option(help="fp32, or int8 for a quantised file beside it.")]
 QueryBudget = Annotated[
     int | None, typer.Option(min=0, help="Most questions that a black-box teacher may be asked.")
@@ -158,7 +155,6 @@ def submit(
     seed: Seed = 0,
     precision: Precision = "fp32",
     query_budget: QueryBudget = None,
-    query_budget: QueryBudget = None,
     watch: Annotated[bool, typer.Option("--watch", help="Stay until it has finished.")] = False,
     url: Url = None,
     key: Key = None,
@@ -228,7 +224,6 @@ def download(
         Path | None, typer.Option(help="FILE.onnx for the network alone, FILE.zip for the whole bundle.")
     ] = None,
     precision: Precision = "fp32",
-    query_budget: QueryBudget = None,
     url: Url = None,
     key: Key = None,
     home: HomeFolder = HERE,
@@ -247,7 +242,6 @@ def predict(
     image: Annotated[Path, typer.Argument(metavar="IMAGE", help="A JPEG, PNG or WebP file.")],
     top: Annotated[int, typer.Option(min=1, help="How many labels to show.")] = 5,
     precision: Precision = "fp32",
-    query_budget: QueryBudget = None,
     url: Url = None,
     key: Key = None,
     home: HomeFolder = HERE,
@@ -277,7 +271,6 @@ def distill(
     param: Param = None,
     seed: Seed = 0,
     precision: Precision = "fp32",
-    query_budget: QueryBudget = None,
     query_budget: QueryBudget = None,
     url: Url = None,
     key: Key = None,

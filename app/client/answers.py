@@ -70,15 +70,6 @@ class Queries(Answer):
     cached: int = 0
 
 
-class Queries(Answer):
-    """Questions to a black-box teacher. `planned` None: the method asks none."""
-
-    budget: int | None = None
-    planned: int | None = None
-    spent: int = 0
-    cached: int = 0
-
-
 class Job(Answer):
     id: str
     status: str
@@ -89,7 +80,6 @@ class Job(Answer):
     attempt: int = 1
     progress: Progress = Progress()
     stages: list[Stage] = []
-    queries: Queries = Queries()
     error: Failure | None = None
     student_id: str | None = None
     queries: Queries = Queries()
