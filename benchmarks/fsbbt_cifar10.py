@@ -1,0 +1,339 @@
+"""FS-BBT on CIFAR-10: 2,000 unlabelled images and a teacher of which only answers are known, tested on all test images.
+
+    python -m benchmarks.fsbbt_cifar10 [--data FOLDER] [--work FOLDER] [--quick]
+
+The teacher is a ResNet-8 that is trained here on all 50,000 training images, ten epochs, and handed over as an ONNX
+file. Students: of the teacher's own architecture, and with half its channels. Rows: the student alone (cross-entropy
+with the true labels of the 2,000), standard KD (the teacher's answers about them), FS-BBT (MixUp and CVAE images, as
+in the paper), our best, and every image maker at 10,000 and 42,000 questions. What is under `--work` from an earlier
+run is not done again, so a stopped run goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import multiprocessing
+import statistics
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from benchmarks import record
+from benchmarks.kd_cifar10 import Files, interval, student_accuracy, unpacked
+from models import local, students
+from models.arrays import Labels, Pixels
+from models.data import augment, fewshot, images
+from models.methods import METHODS
+from models.runtime import generator, seed_weights, use_threads
+from models.teachers.black_box import InputFormat, OnnxTeacher
+from models.training.loop import Schedule, fit
+
+NAME = "fsbbt_cifar10"
+SIDE, REAL = 32, 2000
+STUDENT, HALF = "resnet8", "resnet8_half"
+TEACHER, TEACHER_SEED, EPOCHS, BATCH = "resnet8", 0, 10, 128
+MAKERS = ("mixup", "mixup_cvae", "cutmix", "mixup_cutmix")
+PAPERS, BEST = "mixup_cvae", "mixup_cutmix"
+QUESTIONS = (10_000, 42_000)
+#: Chosen with draw 100, on training images beside its 2,000.
+RECIPE: dict[str, Any] = {
+    "steps": 4000,
+    "batch_size": 128,
+    "lr": 0.01,
+    "weight_decay": 0.05,
+    "temperature": 4.0,
+    "shift": 0.125,
+    "flip": True,
+    "colour": 0.0,
+    "mixup": 0.0,
+    "cutmix": 0.0,
+    "ema_decay": 0.995,
+}
+STEPS_ON_FEW = 1000
+TARGETS = {
+    ("FS-BBT", STUDENT): 0.7617,
+    ("FS-BBT", HALF): 0.7410,
+    ("best", STUDENT): 0.80,
+}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to a student. `params`: beside the method's defaults. `labels`: whether the real images have theirs."""
+
+    name: str
+    student: str
+    maker: str
+    questions: int
+    params: Mapping[str, Mapping[str, Any]]
+    labels: bool = False
+
+
+@dataclass(frozen=True)
+class Task:
+    arm: Arm
+    seed: int
+    splits: dict[str, Path]
+    teacher: OnnxTeacher
+    model: Path
+    out: Path
+    threads: int
+
+
+class Probabilities(nn.Module):
+    """RGB images float [N, 3, S, S] in 0..1 -> class probabilities [N, C]."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, image: Tensor) -> Tensor:
+        logits: Tensor = self.network(images.normalise(image))
+        return logits.softmax(1)
+
+
+def train_teacher(pixels: Pixels, labels: Labels, epochs: int, checkpoints: Path) -> nn.Module:
+    """A ResNet-8 of images uint8 [N, 3, 32, 32] and labels [N]: shifts and mirroring, no mixing, no smoothing."""
+    seed_weights(TEACHER_SEED, "teacher")
+    network: nn.Module = students.build(TEACHER, 10, SIDE).to(memory_format=torch.channels_last)
+    transform = augment.Augmentation(shift=0.125, flip=True)
+    whole = torch.tensor([0.0, 0.0, 1.0, 1.0, 0.0]).expand(BATCH, 5)
+    batches = len(pixels) // BATCH
+
+    def loss_at(step: int) -> Tensor:
+        order = torch.randperm(len(pixels), generator=generator(TEACHER_SEED, "epoch", step // batches))
+        chosen = order[step % batches * BATCH :][:BATCH]
+        random = generator(TEACHER_SEED, "batch", step)
+        seen = images.normalise(transform(pixels[chosen].float() / 255, whole, random))
+        with torch.autocast("cpu", torch.bfloat16):
+            logits: Tensor = network(seen.contiguous(memory_format=torch.channels_last))
+        return functional.cross_entropy(logits.float(), labels[chosen])
+
+    def report(step: int, total: int, **metrics: float) -> None:
+        if step % batches == 0:
+            print(f"teacher: epoch {step // batches} of {epochs}, loss {metrics['loss']:.3f}", flush=True)
+
+    schedule = Schedule(epochs * batches, lr=0.01, weight_decay=0.05, ema_decay=0.998)
+    return fit(network, loss_at, schedule, report, local.FolderCheckpoints(checkpoints))[0]
+
+
+def write_teacher(network: nn.Module, path: Path) -> None:
+    """Export to ONNX: `image` float [N, 3, 32, 32] in 0..1 -> `probabilities` [N, 10]."""
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            Probabilities(network).eval(),
+            (torch.rand(2, 3, SIDE, SIDE),),
+            dynamo=True,
+            external_data=False,
+            input_names=["image"],
+            output_names=["probabilities"],
+            dynamic_shapes={"image": {0: torch.export.Dim("batch")}},
+            verbose=False,
+        )
+    assert program is not None
+    partial = path.with_suffix(".partial")
+    program.save(partial)
+    partial.rename(path)
+
+
+def answers(path: Path, pixels: Pixels) -> Tensor:
+    """The probabilities [N, C] that an ONNX teacher gives images uint8 [N, 3, S, S]."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+    def rows() -> Iterator[Tensor]:
+        for part in torch.split(pixels, 500):
+            (found,) = session.run(["probabilities"], {"image": (part.float() / 255).numpy()})
+            yield torch.from_numpy(found)
+
+    return torch.cat(list(rows()))
+
+
+def described(path: Path, classes: Sequence[str], name: str, channels: int, side: int) -> OnnxTeacher:
+    """An ONNX file as the service would know it."""
+    content = path.read_bytes()
+    return OnnxTeacher(
+        name=name,
+        title=name,
+        classes=tuple(classes),
+        input=InputFormat(height=side, width=side, channels=channels),
+        source=hashlib.sha256(content).hexdigest(),
+        bytes=len(content),
+        parameters=0,
+        input_name="image",
+        output_name="probabilities",
+    )
+
+
+def decoded(files: Sequence[Path]) -> Pixels:
+    return images.squares(((path.name, path.read_bytes()) for path in files), SIDE)
+
+
+def draw(files: Files, seed: int, folder: Path) -> dict[str, Path]:
+    """The packed splits of one draw: `unlabelled` and, of the same images, `support` with labels; `test`."""
+    chosen = torch.randperm(len(files.train), generator=generator(seed, "fsbbt"))[:REAL]
+    paths, labels = [files.train[i] for i in chosen], files.train_labels[chosen].tolist()
+    nothing: list[int | None] = [None] * REAL
+    return {
+        "unlabelled": fewshot.pack(folder / f"unlabelled{seed}", files.classes, paths, nothing),
+        "support": fewshot.pack(folder / f"support{seed}", files.classes, paths, labels),
+        "test": fewshot.pack(folder / "test", files.classes, files.test, files.test_labels.tolist()),
+    }
+
+
+def arms() -> tuple[list[Arm], list[Arm]]:
+    """What is measured on every draw, and what on the first only."""
+    few = {**RECIPE, "steps": STEPS_ON_FEW}
+    alone = {**few, "kd_weight": 0.0, "support_weight": 1.0}
+    every = [
+        Arm("student alone", STUDENT, PAPERS, 0, {"distillation": alone}, labels=True),
+        Arm("standard KD", STUDENT, PAPERS, REAL, {"distillation": few}),
+        Arm("FS-BBT", STUDENT, PAPERS, 42_000, {"distillation": RECIPE}),
+        Arm("FS-BBT", HALF, PAPERS, 42_000, {"distillation": RECIPE}),
+        Arm("best", STUDENT, BEST, 42_000, {"distillation": RECIPE}),
+    ]
+    names = {PAPERS: "FS-BBT", BEST: "best"}
+    table = [
+        Arm(names.get(maker, maker), STUDENT, maker, questions, {"distillation": RECIPE})
+        for maker in MAKERS
+        for questions in QUESTIONS
+    ]
+    return every, [arm for arm in table if arm not in every]
+
+
+def quick(arm: Arm) -> Arm:
+    """The same arm with a hundred synthetic images and a few steps."""
+    params = {
+        **arm.params,
+        "distillation": {**arm.params["distillation"], "steps": 20},
+        "cvae": {"epochs": 1},
+    }
+    return replace(arm, questions=min(arm.questions, REAL + 100), params=params)
+
+
+def measure(task: Task) -> dict[str, Any]:
+    """Distil by the method as the service runs it, and test the student."""
+    use_threads(task.threads)
+    arm, method = task.arm, METHODS["fsbbt"]
+    synthetic = {"images": max(0, arm.questions - REAL), "maker": arm.maker}
+    given = "support" if arm.labels else "unlabelled"
+    run = local.run(
+        method,
+        {given: task.splits[given], "test": task.splits["test"]},
+        task.teacher,
+        arm.student,
+        task.out,
+        params=method.resolve("balanced", {**arm.params, "synthesis": synthetic}),
+        seed=task.seed,
+        device="cpu",
+        wanted=["trained_student"],
+        model=task.model,
+    )
+    accuracy = student_accuracy(run, task.splits["test"])
+    print(
+        f"draw {task.seed}  {arm.name}, {arm.student}, {arm.maker}, {arm.questions}: {accuracy:.4f}",
+        flush=True,
+    )
+    return row(arm, task.seed, accuracy) | {"seconds": round(sum(run.seconds.values()))}
+
+
+def row(arm: Arm, draw: int | str, accuracy: float) -> dict[str, Any]:
+    maker = arm.maker if arm.questions > REAL else None
+    return {
+        "arm": arm.name,
+        "student": arm.student,
+        "maker": maker,
+        "questions": arm.questions,
+        "draw": draw,
+        "accuracy": accuracy,
+    }
+
+
+def summary(
+    rows: Sequence[dict[str, Any]],
+    arms: Sequence[Arm],
+    targets: Mapping[tuple[str, str], float],
+    tested: int,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The mean of every arm over its draws with a 95 % interval, and the checks of those with a target
+    that ask the most questions."""
+    most = max(arm.questions for arm in arms)
+    means, checks = [], []
+    for arm in arms:
+        name = row(arm, "", 0.0)
+        values = [
+            found["accuracy"]
+            for found in rows
+            if all(found[key] == name[key] for key in ("arm", "student", "maker", "questions"))
+        ]
+        mean, (low, high) = statistics.fmean(values), interval(values, tested)
+        means.append({**row(arm, "mean", mean), "low": low, "high": high, "draws": len(values)})
+        target = targets.get((arm.name, arm.student))
+        if target is not None and arm.questions == most:
+            checks.append(record.check(f"{arm.name}, {arm.student}", mean, (low, high), at_least=target))
+    return means, checks
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data", type=Path, default=Path("../shared/data"), help="folder with cifar10.tar.xz"
+    )
+    parser.add_argument(
+        "--work", type=Path, default=Path(".dram/benchmarks/fsbbt_cifar10"), help="kept between runs"
+    )
+    parser.add_argument("--draws", type=int, default=3, help="draws of the real images; seeds 0, 1, ...")
+    parser.add_argument("--processes", type=int, default=1, help="runs at the same time")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of each process")
+    parser.add_argument("--quick", action="store_true", help="one draw, a few steps; writes no result")
+    args = parser.parse_args()
+    if not (args.data / "cifar10.tar.xz").is_file():
+        print(f"skipped: {args.data} has no cifar10.tar.xz; name its folder with --data")
+        return
+    args.work.mkdir(parents=True, exist_ok=True)
+    use_threads(args.threads)
+    files = unpacked(args.data, args.work)
+    model = args.work / "teacher.onnx"
+    if not model.is_file():
+        network = train_teacher(decoded(files.train), files.train_labels, EPOCHS, args.work / "teacher")
+        write_teacher(network, model)
+    teacher = described(model, files.classes, NAME, 3, SIDE)
+    tested = answers(model, decoded(files.test)).argmax(1) == files.test_labels
+    found = float(tested.double().mean())
+    print(f"teacher: {found:.4f}", flush=True)
+    every, once = arms()
+    seeds = list(range(1 if args.quick else args.draws))
+    if args.quick:
+        every, once = [quick(arm) for arm in every], []
+    splits = [draw(files, seed, args.work / "splits") for seed in seeds]
+    tasks = [
+        Task(arm, seed, splits[seed], teacher, model, args.work / "runs", args.threads)
+        for chosen, draws in ((every, seeds), (once, seeds[:1]))
+        for arm in chosen
+        for seed in draws
+    ]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.processes, mp_context=context) as pool:
+        rows = list(pool.map(measure, tasks))
+    means, checks = summary(rows, [*every, *once], TARGETS, len(files.test))
+    interval_of_teacher = interval([found], len(files.test))
+    checks.append(record.check("teacher, at least", found, interval_of_teacher, at_least=0.83))
+    checks.append(record.check("teacher, at most", found, interval_of_teacher, at_most=0.85))
+    record.write(NAME, rows=[*rows, *means], checks=checks, seeds=seeds, quick=args.quick)
+
+
+if __name__ == "__main__":
+    main()
