@@ -42,6 +42,9 @@ class Settings(BaseSettings):
     port: int = Field(8700, ge=0, le=65535)
     docs: bool = Field(True, description="Serve /docs and /openapi.json.")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="Where stages compute.")
+    cpu_bfloat16: bool = Field(
+        False, description="Train in bfloat16 on CPUs that have it: about 1.5 times faster for convolutions."
+    )
     log_level: str = "INFO"
     log_json: bool = False
 

@@ -44,6 +44,7 @@ RECIPE: dict[str, Any] = {
     "cutmix": 0.0,
     "ema_decay": 0.995,
 }
+STEPS_ON_FEW, STEPS_OF_HALF = 3000, 20_000
 TARGETS = {("FS-BBT", STUDENT): 0.9891, ("FS-BBT", HALF): 0.9842}
 
 
@@ -85,15 +86,17 @@ def draw(digits: Digits, seed: int, folder: Path) -> dict[str, Path]:
 
 
 def arms() -> list[Arm]:
-    alone = {"kd_weight": 0.0, "support_weight": 1.0}
+    few = {**RECIPE, "steps": STEPS_ON_FEW}
+    alone = {**few, "kd_weight": 0.0, "support_weight": 1.0}
+    half = {**RECIPE, "steps": STEPS_OF_HALF}
     everything = REAL + SYNTHETIC
     return [
-        Arm("student alone", STUDENT, "mixup_cvae", 0, {"distillation": {**RECIPE, **alone}}, labels=True),
-        Arm("standard KD", STUDENT, "mixup_cvae", REAL, {"distillation": RECIPE}),
+        Arm("student alone", STUDENT, "mixup_cvae", 0, {"distillation": alone}, labels=True),
+        Arm("standard KD", STUDENT, "mixup_cvae", REAL, {"distillation": few}),
         Arm("FS-BBT", STUDENT, "mixup_cvae", everything, {"distillation": RECIPE}),
-        Arm("FS-BBT", HALF, "mixup_cvae", everything, {"distillation": RECIPE}),
+        Arm("FS-BBT", HALF, "mixup_cvae", everything, {"distillation": half}),
         Arm("MixUp and CutMix", STUDENT, "mixup_cutmix", everything, {"distillation": RECIPE}),
-        Arm("MixUp and CutMix", HALF, "mixup_cutmix", everything, {"distillation": RECIPE}),
+        Arm("MixUp and CutMix", HALF, "mixup_cutmix", everything, {"distillation": half}),
     ]
 
 

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 
 import torch
 
+_bfloat16_on_cpu = False
+
 
 def resolve_device(name: str) -> torch.device:
     """`auto`, `cpu` or `cuda:N` as a device; `auto` takes the first GPU if there is one."""
@@ -29,6 +31,31 @@ def autocast(device: torch.device) -> Iterator[None]:
             yield
     else:
         yield
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware; without, it would be slower than float32."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def use_bfloat16_on_cpu(wanted: bool = True) -> None:
+    """Let this process train in bfloat16 on a CPU that has it: convolutions are about 1.5 times faster.
+
+    Off by default, because the numbers then depend on the machine.
+    """
+    global _bfloat16_on_cpu
+    _bfloat16_on_cpu = wanted and cpu_has_bfloat16()
+
+
+@contextlib.contextmanager
+def training_autocast(device: torch.device) -> Iterator[None]:
+    """As `autocast`, and bfloat16 on the CPU where `use_bfloat16_on_cpu` asked for it."""
+    if device.type == "cpu" and _bfloat16_on_cpu:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            yield
+    else:
+        with autocast(device):
+            yield
 
 
 def generator(seed: int, *path: int | str) -> torch.Generator:

@@ -73,7 +73,7 @@ class DistillationParams(Params):
 
     input_size: int | None = Field(
         None,
-        ge=32,
+        ge=28,
         le=224,
         description="Side in pixels of the student's images. Empty: the student's own size.",
     )

@@ -36,6 +36,7 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 def main() -> None:
     settings = Settings.model_validate_json(sys.argv[1])
+    runtime.use_bfloat16_on_cpu(settings.cpu_bfloat16)
     out = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)  # what libraries print must not mix with the messages
     blobs = storage.connect(settings.storage, settings.storage_options)

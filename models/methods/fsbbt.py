@@ -105,12 +105,17 @@ class BlackBoxParams(Params):
 
 
 class StudentParams(stages.DistillationParams):
-    """How the student is trained on the answers."""
+    """How the student is trained on the answers. Images are mixed before they are asked about, so not again here."""
 
     views: int = Field(1, ge=1, le=1, description="The teacher answers each image as it is.")
-    steps: int = Field(12_000, ge=1, le=1_000_000, description="Optimiser steps.")
-    temperature: float = Field(1.0, gt=0, le=20, description="Softens the teacher's and student's answers.")
+    steps: int = Field(8000, ge=1, le=1_000_000, description="Optimiser steps.")
+    batch_size: int = Field(128, ge=2, le=1024, description="Images in a batch.")
     weight_decay: float = Field(0.05, ge=0, le=1, description="AdamW's decoupled weight decay.")
+    colour: float = Field(
+        0.0, ge=0, le=1, description="Strength of random brightness, contrast and saturation."
+    )
+    mixup: float = Field(0.0, ge=0, le=4, description="MixUp's Beta parameter. 0: no MixUp in the batch.")
+    cutmix: float = Field(0.0, ge=0, le=4, description="CutMix's Beta parameter. 0: no CutMix in the batch.")
     support_weight: float = Field(
         0.0, ge=0, le=10, description="Weight of the cross-entropy with the true labels of labelled images."
     )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from models.errors import TrainingError
 from models.pipeline import Checkpoints, Report
-from models.runtime import autocast
+from models.runtime import training_autocast
 from models.training import checkpoint, optimiser
 from models.training.checkpoint import History
 
@@ -49,7 +49,7 @@ def fit(
         lr = optimiser.one_cycle(step, schedule.steps, schedule.lr)
         for group in adamw.param_groups:
             group["lr"] = lr
-        with autocast(device):
+        with training_autocast(device):
             loss = loss_at(step)
         adamw.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
