@@ -52,6 +52,7 @@ format: $(STAMP)  ## Let ruff lay out the code
 	$(BIN)/ruff format .
 
 bench: $(STAMP)  ## Run every benchmark in its small version
+	$(BIN)/python -m pip install -qq --no-compile --constraint constraints.txt --editable '.[benchmarks]'
 	@for name in $(BENCHMARKS); do echo "== $$name" && $(BIN)/python -m benchmarks.$$name --quick || exit 1; done
 
 clean:  ## Remove the virtual environments and caches; .dram, which holds your data, stays
