@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -26,6 +27,9 @@ _PIPED_WIDTH = 500
 
 out = Console(width=None if sys.stdout.isatty() else _PIPED_WIDTH)
 err = Console(stderr=True, soft_wrap=True)
+
+#: Remarks of one kind about a data set that are printed in full.
+_SHOWN_OF_A_KIND = 3
 
 #: Where nothing can be redrawn, a line is printed each time the job has come so much further.
 _LINE_EVERY_PERCENT = 10.0
@@ -94,8 +98,16 @@ def dataset(made: Dataset) -> None:
     splits = ", ".join(f"{split.get('images', '?')} {name}" for name, split in made.splits.items())
     classes = f"{len(made.classes)} classes" if made.classes else "no classes"
     out.print(Text(f"{made.id}  {made.name}: {classes} ({splits})"))
-    for remark in made.report.get("warnings", []):
-        note(f"  {remark.get('detail', remark) if isinstance(remark, dict) else remark}")
+    remarks = made.report.get("warnings", [])
+    kinds = Counter(remark["code"] for remark in remarks)
+    shown: Counter[str] = Counter()
+    for remark in remarks:
+        shown[remark["code"]] += 1
+        if shown[remark["code"]] <= _SHOWN_OF_A_KIND:
+            note(f"  {remark['detail']}")
+        elif shown[remark["code"]] == kinds[remark["code"]]:
+            rest = kinds[remark["code"]] - _SHOWN_OF_A_KIND
+            note(f"  and {rest} more like the last ({remark['code']}).")
 
 
 def prediction(seen: Prediction) -> None:

@@ -58,7 +58,7 @@ def capped(findings: Sequence[Finding]) -> tuple[Finding, ...]:
     if len(findings) <= MOST_FINDINGS:
         return tuple(findings)
     rest = len(findings) - MOST_FINDINGS
-    last = Finding("more_findings", "", f"{rest} more findings are not listed. Mend these first.")
+    last = Finding("more_findings", "", f"{rest} more findings are not listed.")
     return (*findings[:MOST_FINDINGS], last)
 
 
