@@ -5,8 +5,8 @@
 The teacher is a ResNet-8 that is trained here on all 50,000 training images, ten epochs, and handed over as an ONNX
 file. Students: of the teacher's own architecture, and with half its channels. Rows: the student alone (cross-entropy
 with the true labels of the 2,000), standard KD (the teacher's answers about them), FS-BBT (MixUp and CVAE images, as in
-the paper), our best, and every image maker at 10,000 and 42,000 questions. What is under `--work` from an earlier
-run is not done again, so a stopped run goes on.
+the paper), our best; on the first draw every image maker at 10,000 and 42,000 questions, and active choice. What is
+under `--work` from an earlier run is not done again, so a stopped run goes on.
 """
 
 from __future__ import annotations
@@ -212,6 +212,8 @@ def arms() -> tuple[list[Arm], list[Arm]]:
         for maker in MAKERS
         for questions in QUESTIONS
     ]
+    chosen = {"distillation": RECIPE, "synthesis": {"pool": 3.0}}
+    table.append(Arm("active choice", STUDENT, BEST, QUESTIONS[0], chosen))
     return every, [arm for arm in table if arm not in every]
 
 
@@ -230,7 +232,11 @@ def measure(task: Task) -> dict[str, Any]:
     use_threads(task.threads)
     use_bfloat16_on_cpu(task.bfloat16)
     arm, method = task.arm, METHODS["fsbbt"]
-    synthetic = {"images": max(0, arm.questions - REAL), "maker": arm.maker}
+    synthetic = {
+        "images": max(0, arm.questions - REAL),
+        "maker": arm.maker,
+        **arm.params.get("synthesis", {}),
+    }
     given = "support" if arm.labels else "unlabelled"
     run = local.run(
         method,
