@@ -21,6 +21,8 @@ _BYTES_OF_A_VALUE = 64
 _LONGEST_QUOTE = 200
 #: A piece of a secret header that is shorter tells nothing, and stands in any text.
 _SHORTEST_SECRET = 4
+#: So many letters of a secret's beginning must not be shown either, where a text breaks off within it.
+_TELLING_LETTERS = 8
 _MASK = "***"
 
 
@@ -45,6 +47,7 @@ class HttpEndpoint:
         self._transport = transport
         self._headers = dict(headers)
         self._secrets = _secrets(headers)
+        self._telling = re.compile("|".join(map(re.escape, self._secrets)), re.IGNORECASE)
         row = sum(len(json.dumps(name)) + _BYTES_OF_A_VALUE for name in spec.classes)
         self._most_bytes = min(_MOST_BYTES, _SPARE_BYTES + (self.batch_size + 1) * row)
 
@@ -116,7 +119,18 @@ class HttpEndpoint:
         return " ".join(printable.split())[:_LONGEST_QUOTE]
 
     def _masked(self, text: str) -> str:
-        return self._secrets.sub(_MASK, text) if self._secrets else text
+        """Without the secrets, and without the beginning of one where a quotation breaks off within it."""
+        if not self._secrets:
+            return text
+        return re.sub(r"[^']+(?=')", self._without_beginning, self._telling.sub(_MASK, text))
+
+    def _without_beginning(self, quotation: re.Match[str]) -> str:
+        quoted = quotation[0]
+        for start in range(len(quoted) - _TELLING_LETTERS + 1):
+            end = quoted[start:].lower()
+            if any(secret.lower().startswith(end) for secret in self._secrets):
+                return quoted[:start] + _MASK
+        return quoted
 
 
 def seconds_to_wait(retry_after: str, now: float) -> float | None:
@@ -129,10 +143,9 @@ def seconds_to_wait(retry_after: str, now: float) -> float | None:
         return None
 
 
-def _secrets(headers: Mapping[str, str]) -> re.Pattern[str] | None:
-    """Finds what must not be shown: each header's value and its parts (`Bearer X`: X, too), in any case."""
+def _secrets(headers: Mapping[str, str]) -> list[str]:
+    """What must not be shown, in any case, longest first: each header's value and its parts (`Bearer X`: X, too)."""
     found = set()
     for value in headers.values():
         found |= {value, json.dumps(value)[1:-1], *re.split(r"[\s,;=:\"]+", value)}
-    telling = sorted((text for text in found if len(text) >= _SHORTEST_SECRET), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, telling)), re.IGNORECASE) if telling else None
+    return sorted((text for text in found if len(text) >= _SHORTEST_SECRET), key=len, reverse=True)

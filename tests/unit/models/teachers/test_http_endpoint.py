@@ -328,6 +328,16 @@ def test_a_header_that_cannot_be_sent_is_told_by_its_name_only(server: Server) -
     assert not server.asked
 
 
+def test_a_long_secret_that_the_endpoint_repeats_is_hidden_although_it_is_cut_off(server: Server) -> None:
+    secret = "".join(f"{number:04}" for number in range(30))
+    spec = endpoint(server, answers="label").spec
+    server.behave = saying({"labels": [f"Bearer {secret}"]})
+    asked = HttpEndpoint(spec, server.egress(), {"Authorization": f"Bearer {secret}", "X-Key": "other"})
+    with pytest.raises(TeacherError, match="named the class") as error:
+        asked.answer(IMAGES[:1])
+    assert secret[:8] not in error.value.detail
+
+
 def test_the_users_headers_do_not_replace_those_of_the_protocol(server: Server) -> None:
     box = endpoint(server)
     HttpEndpoint(box.spec, server.egress(), {"content-type": "text/plain", "X-A": "b"}).answer(IMAGES[:1])
