@@ -42,6 +42,9 @@ _NUMPY_DTYPES = {
     "INT8": "|i1", "INT16": "<i2", "INT32": "<i4", "INT64": "<i8",
     "UINT8": "|u1", "UINT16": "<u2", "UINT32": "<u4", "UINT64": "<u8",
 }  # fmt: skip
+#: An answer of more dimensions, or of longer ones, holds no rows over classes; numpy itself has such limits.
+_MOST_DIMENSIONS = 8
+_LONGEST_SIDE = 2**31
 _FIELDS = {
     AnswerKind.PROBABILITIES: "probabilities",
     AnswerKind.LOGITS: "logits",
@@ -171,25 +174,26 @@ def _split(response: Response) -> tuple[bytes, bytes]:
 
 def _read_tensor(output: dict[str, Any], binary: bytes | None, spec: HttpTeacher) -> Raw:
     shape, datatype = output.get("shape"), output.get("datatype")
-    if not isinstance(shape, list) or not all(isinstance(side, int) and side >= 0 for side in shape):
-        raise _unexpected("an output's 'shape'", "a list of whole numbers")
+    sides = shape if isinstance(shape, list) and len(shape) <= _MOST_DIMENSIONS else [None]
+    if not all(isinstance(side, int) and 0 <= side < _LONGEST_SIDE for side in sides):
+        raise _unexpected("an output's 'shape'", "a short list of whole numbers")
     if datatype == "BYTES":
         return _labels(_strings(binary) if binary is not None else output.get("data"), spec)
     if binary is None:
         values: Raw = _numbers(output.get("data"))
-    elif datatype in _NUMPY_DTYPES:
+    elif isinstance(datatype, str) and datatype in _NUMPY_DTYPES:
         dtype = np.dtype(_NUMPY_DTYPES[datatype])
         if len(binary) % dtype.itemsize:
             raise _unexpected("the answer's binary data", "as long as its 'binary_data_size' says")
         values = np.frombuffer(binary, dtype)
     else:
         raise _unexpected("an output's 'datatype'", f"one of {', '.join(sorted(_NUMPY_DTYPES))}, BYTES")
-    if values.size != math.prod(shape):
+    if values.size != math.prod(sides):
         raise TeacherError(
-            f"the endpoint's output has {values.size} values, but its shape is {shape}",
+            f"the endpoint's output has {values.size} values, but its shape is {sides}",
             "Its server must answer with tensors as the Open Inference Protocol describes them.",
         )
-    return values.reshape(shape)
+    return values.reshape(sides)
 
 
 def _strings(binary: bytes) -> list[str]:
@@ -348,9 +352,12 @@ def _nested(given: Any) -> NDArray[Any]:
     if not isinstance(given, list):
         raise _unexpected("the answer's data", "a list")
     try:
-        return np.asarray(given, dtype=object)
+        values = np.asarray(given, dtype=object)
     except ValueError:
         raise _unexpected("the answer's rows", "of the same length") from None
+    if values.ndim > _MOST_DIMENSIONS:
+        raise _unexpected("the answer's data", "a row for each image")
+    return values
 
 
 def _top(said: list[tuple[Any, Any]], spec: HttpTeacher) -> NDArray[np.float64]:
@@ -362,7 +369,10 @@ def _top(said: list[tuple[Any, Any]], spec: HttpTeacher) -> NDArray[np.float64]:
             raise _unexpected("a class's probability", "a number")
         if not np.isnan(row[place]):
             raise TeacherError(f"the endpoint named class '{spec.classes[place]}' twice for an image")
-        row[place] = value
+        try:
+            row[place] = value
+        except OverflowError:
+            raise _unexpected("a class's probability", "within the range of a float") from None
     return row
 
 

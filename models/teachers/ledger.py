@@ -95,7 +95,8 @@ def ask(
     unknown = {name: image for name, image in zip(names, images, strict=True) if name not in found}
     done = len(images) - len(unknown)
     progress(done)
-    rest = iter([list(unknown)[at : at + box.batch_size] for at in range(0, len(unknown), box.batch_size)])
+    missing = list(unknown)
+    rest = (missing[at : at + box.batch_size] for at in range(0, len(missing), box.batch_size))
     stopping = threading.Event()
 
     def settle(batch: list[str]) -> Answers:

@@ -245,6 +245,12 @@ BAD = (
     (teacher("dram"), {"probabilities": [[None, 1, 0]]}, "must be numbers"),
     (teacher("dram"), {"probabilities": 0.5}, "must be a list"),
     (teacher("dram"), {"probabilities": [[10**400, 0, 0]]}, "range of a float"),
+    (teacher("dram"), b'{"probabilities": ' + b"[" * 80 + b"1" + b"]" * 80 + b"}", "a row for each image"),
+    (
+        teacher("dram", "top_k"),
+        {"top_k": [TOP, TOP, [{"class": 1, "probability": 10**400}]]},
+        "range of a float",
+    ),
     (teacher("dram"), {"probabilities": ROWS, "classes": ["cat", "dog"]}, "classes are not those"),
     (teacher("dram"), {"probabilities": ROWS, "classes": ["dog", "cat", "7"]}, "classes are not those"),
     (teacher("dram", "label"), {"labels": ["cat", "mouse", "dog"]}, "the class 'mouse'"),
@@ -261,6 +267,13 @@ BAD = (
     (teacher("kserve_v2"), {"outputs": [{**OUTPUT, "data": FLAT[:8]}]}, "has 8 values, but its shape is"),
     (teacher("kserve_v2"), {"outputs": [{**OUTPUT, "shape": "3x3", "data": FLAT}]}, "'shape' must be"),
     (teacher("kserve_v2"), {"outputs": [{**OUTPUT}]}, "must be a list"),
+    (teacher("kserve_v2"), {"outputs": [{**OUTPUT, "shape": [1] * 100, "data": [1]}]}, "'shape' must be"),
+    (teacher("kserve_v2"), {"outputs": [{**OUTPUT, "shape": [0, 10**30], "data": []}]}, "'shape' must be"),
+    (
+        teacher("kserve_v2"),
+        {"outputs": [{**OUTPUT, "datatype": [], "parameters": {"binary_data_size": 0}}]},
+        "'datatype' must be one of",
+    ),
     (
         teacher("kserve_v2", output_name="gone"),
         {"outputs": [{**OUTPUT, "data": FLAT}]},
@@ -268,6 +281,7 @@ BAD = (
     ),
     (teacher("torchserve"), {"dog": 0.75, "cat": 0.25}, "named 2 of 3 classes"),
     (teacher("torchserve", "top_k"), {"code": 0.5}, "the class 'code'"),
+    (teacher("torchserve"), {"cat": 10**400, "dog": 0, "7": 0}, "range of a float"),
     (teacher("tensorflow_serving"), {"outputs": ROWS}, "'predictions' must be"),
     (teacher("tensorflow_serving"), {"predictions": [{"a": [1], "b": [2]}]}, "they have: 'a', 'b'"),
 )
