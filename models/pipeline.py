@@ -18,8 +18,8 @@ from typing import Any, Literal, Protocol, get_args
 from pydantic import BaseModel, ConfigDict
 
 #: Artefacts that exist before the first stage. `support` (the labelled images), `unlabelled` and `test` are absent
-#: where the data set has none.
-SOURCES = ("support", "unlabelled", "test", "teacher", "student")
+#: where the data set has none, `generator` where the method reads none (`Method.reads`).
+SOURCES = ("support", "unlabelled", "test", "teacher", "student", "generator")
 
 Queue = Literal["gpu", "cpu"]
 Preset = Literal["draft", "balanced", "best"]
@@ -229,6 +229,10 @@ class Method:
         """The sources that this method needs for such a job and that the job does not have."""
         needed = [stage for stage in self.stages if stage.needed(shape, params)]
         return {name for stage in needed for name in stage.inputs if name in SOURCES and name not in sources}
+
+    def reads(self, source: str) -> bool:
+        """Whether a stage of this method is given `source`."""
+        return any(source in (*stage.inputs, *stage.optional) for stage in self.stages)
 
     def stage(self, name: str) -> Stage:
         return next(stage for stage in self.stages if stage.name == name)
