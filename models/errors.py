@@ -60,6 +60,12 @@ class QuestionRefused(TeacherError):
     """The teacher turned the question away unanswered and will do so again: it does not count."""
 
 
+class GeneratorError(ModelsError):
+    """The generator of images cannot be loaded or used as asked."""
+
+    code = "generator_unusable"
+
+
 class TrainingError(ModelsError):
     """Training did not work, for example the loss is no number."""
 
