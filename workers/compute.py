@@ -25,7 +25,7 @@ from app.security.egress import Egress
 from app.settings import Settings
 from app.storage import BlobStore
 from models import runtime
-from models.errors import ModelsError
+from models.errors import ModelsError, TryAgain
 from models.methods import METHODS
 from models.pipeline import JobShape, StageContext, TeacherAccess, inputs_of
 from workers.asking import PipeLedger
@@ -93,7 +93,15 @@ def run(claim: Mapping[str, Any], settings: Settings, blobs: BlobStore, voice: V
         size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
         voice.say("done", files=files, bytes=size, facts=_facts(output))
     except ModelsError as error:
-        voice.say("failed", code=error.code, detail=error.detail, hint=error.hint, retryable=error.retryable)
+        after_s = (isinstance(error, TryAgain) and error.after) or 0.0
+        voice.say(
+            "failed",
+            code=error.code,
+            detail=error.detail,
+            hint=error.hint,
+            retryable=error.retryable,
+            after_s=after_s,
+        )
     except MemoryError:
         hint = "Try a smaller batch_size, student or teacher."
         voice.say(

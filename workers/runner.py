@@ -64,6 +64,7 @@ class Failed:
     detail: str
     hint: str
     retryable: bool
+    after_s: float = 0.0
 
 
 @dataclass(frozen=True)

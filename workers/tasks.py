@@ -133,7 +133,9 @@ def _computed(
                 return partial(_complete, held=claim, made=message, cached=answering.earlier)
             case Failed():
                 log.warning("failed", code=message.code, detail=message.detail)
-                error = JobError(message.code, message.detail, message.hint, message.retryable)
+                error = JobError(
+                    message.code, message.detail, message.hint, message.retryable, message.after_s
+                )
                 return partial(lifecycle.fail, held=claim, error=error, settings=settings)
             case Died():
                 log.warning("compute_died", status=message.status)

@@ -35,6 +35,8 @@ FINISHED = frozenset({"succeeded", "failed", "cancelled"})
 DONE = frozenset({"succeeded", "reused"})  # states of stages and shards whose output exists
 #: The artefact that makes a student.
 BUNDLE = "bundle"
+#: A job waits no longer than this by itself before it tries again; longer, and who ordered it is told.
+LONGEST_PAUSE_S = 300.0
 
 
 #: What a worker is to do after a renewal.
@@ -55,12 +57,13 @@ class Ready:
 
 @dataclass(frozen=True)
 class JobError:
-    """Why a job failed. `detail` is for people and holds no traceback."""
+    """Why a job failed. `detail` is for people and holds no traceback. `after_s`: not to be tried again before."""
 
     code: str
     detail: str
     hint: str = ""
     retryable: bool = False
+    after_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -206,9 +209,11 @@ def complete(
 def fail(session: Session, held: Claim, error: JobError, settings: Settings) -> list[Ready]:
     """The shard's work failed. Tried again after a pause if that may help, else the job fails. Raises LeaseLost."""
     job, stage, shard = holding(session, held)
-    if error.retryable and shard.attempt < settings.max_attempts and job.status != "cancelling":
+    may_help = error.retryable and error.after_s <= LONGEST_PAUSE_S
+    if may_help and shard.attempt < settings.max_attempts and job.status != "cancelling":
         _lost(session, job, stage, shard, error.detail)
-        shard.ready_at = (session.scalar(sa.select(now())) or 0.0) + settings.reap_s * shard.attempt
+        pause = max(settings.reap_s * shard.attempt, error.after_s)
+        shard.ready_at = (session.scalar(sa.select(now())) or 0.0) + pause
         return []
     shard.status, shard.lease_until = "failed", None
     fail_job(session, job, error, stage)

@@ -20,7 +20,7 @@ import pytest
 from app import storage
 from app.settings import Settings
 from app.storage import LocalStore
-from models.errors import DataError
+from models.errors import DataError, TryAgain
 from models.methods import METHODS
 from models.pipeline import Method, Params, Stage, StageContext
 from workers import compute
@@ -227,7 +227,7 @@ def test_a_failure_is_told_in_words_without_a_traceback(
     (failed,) = bench.run(stage)
     assert (failed["kind"], failed["code"], failed["retryable"]) == ("failed", code, retryable)
     assert words in failed["detail"]
-    assert set(failed) == {"kind", "code", "detail", "hint", "retryable"}
+    assert set(failed) - {"after_s"} == {"kind", "code", "detail", "hint", "retryable"}
     for trace in (SECRET, "Traceback", "File ", ".py"):
         assert trace not in failed["detail"] + failed["hint"]
     assert bench.left_behind() == []
@@ -240,6 +240,14 @@ def test_the_hint_of_an_error_of_ours_is_passed_on(bench: Bench) -> None:
         raise DataError("class 'a' has no image", "add one")
 
     assert bench.run(stage)[0]["hint"] == "add one"
+
+
+def test_a_pause_that_the_teacher_asks_for_is_passed_on(bench: Bench) -> None:
+    def stage(context: StageContext, params: Train) -> None:
+        raise TryAgain("no time", "later", after=90.0)
+
+    (failed,) = bench.run(stage)
+    assert (failed["code"], failed["retryable"], failed["after_s"]) == ("teacher_busy", True, 90.0)
 
 
 def test_a_missing_input_fails_the_stage_before_it_runs(bench: Bench) -> None:

@@ -258,6 +258,33 @@ def test_an_error_that_may_pass_is_tried_again_and_one_that_will_not_is_final(da
     assert job_of(database, job_id).status == "failed"
 
 
+def test_a_pause_that_the_teacher_asks_for_is_kept_between_attempts(database: Database) -> None:
+    job_id = submit(database)
+    shard_id = ready(database, job_id)[0]
+    claim = take(database, shard_id)
+    assert claim is not None
+    busy = JobError("teacher_busy", "no time", retryable=True, after_s=120.0)
+    with database.writing() as session:
+        lifecycle.fail(session, claim, busy, SETTINGS)
+        ready_at = session.get_one(Shard, shard_id).ready_at
+    assert ready_at is not None
+    assert 110 < ready_at - time.time() < 121
+    assert take(database, shard_id) is None
+
+
+def test_a_teacher_that_asks_for_a_very_long_pause_is_not_asked_again_by_the_job(database: Database) -> None:
+    job_id = submit(database)
+    claim = take(database, ready(database, job_id)[0])
+    assert claim is not None
+    with database.writing() as session:
+        busy = JobError("teacher_busy", "in an hour", retryable=True, after_s=3600.0)
+        lifecycle.fail(session, claim, busy, SETTINGS)
+    job = job_of(database, job_id)
+    assert job.status == "failed"
+    assert job.error is not None
+    assert (job.error["code"], job.error["retryable"]) == ("teacher_busy", True)
+
+
 def test_cancel_stops_waiting_work_now_and_running_work_at_its_heartbeat(database: Database) -> None:
     job_id = submit(database)
     claim = take(database, ready(database, job_id)[0])
