@@ -63,6 +63,15 @@ class Lease:
         self._points, self._alive = {}, False
         return verdict
 
+    def once(self, write: Callable[[Session], object]) -> None:
+        """Run a write unit that must not be done twice: at most once, also where the database is lost on the way.
+        Raises LeaseLost."""
+        try:
+            with self._database.writing() as session:
+                write(session)
+        except sa.exc.OperationalError as error:
+            log.warning("write_dropped", shard=self.claim.shard_id, error=str(error.orig))
+
     def finish(self, write: Callable[[Session], Result]) -> Result:
         """Run the write unit that ends the claim. Tried again while the database is away. Raises LeaseLost."""
         until = time.monotonic() + self._settings.lease_ttl_s

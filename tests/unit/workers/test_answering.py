@@ -6,6 +6,7 @@ import json
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from threading import Timer
@@ -13,9 +14,11 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
+from sqlalchemy.orm import Session
 
 from app import ids
-from app.jobs import lifecycle
+from app.db import Database
+from app.jobs import lifecycle, queries
 from app.jobs.tables import Job, JobEvent, JobStage, Shard, StageOutput, TeacherAnswer
 from app.security.secretbox import SecretBox
 from app.teachers.tables import Teacher
@@ -24,6 +27,8 @@ from models.methods import METHODS
 from models.pipeline import Method, Params, Stage
 from tests.unit.workers.jobs import claim_of, status_of, submit_to
 from workers import runner, tasks
+from workers.answering import Answering
+from workers.lease import Lease
 from workers.runner import ComputeProcess
 
 #: Like the real child, but without torch: runs the program that the claim brings.
@@ -149,6 +154,35 @@ def test_a_budget_that_does_not_suffice_fails_the_job(wiring: Wiring, run: Run) 
 def test_questions_taken_back_may_be_asked_again(wiring: Wiring, run: Run) -> None:
     job_id = run("ledger.reserve(10); ledger.release(4); ledger.reserve(4)", query_budget=10)
     assert job_of(wiring, job_id).queries_spent == 10
+
+
+class LosesItsFirstCommit:
+    """A database whose connection breaks when the first write unit has been committed, but not confirmed."""
+
+    def __init__(self, database: Database) -> None:
+        self._database, self.lost = database, 0
+
+    @contextmanager
+    def writing(self) -> Iterator[Session]:
+        with self._database.writing() as session:
+            yield session
+        self.lost += 1
+        if self.lost == 1:
+            raise sa.exc.OperationalError("COMMIT", {}, Exception("connection lost"))
+
+
+@pytest.mark.parametrize(("call", "spent"), [("release", 6), ("reserve", 18)])
+def test_a_commit_that_may_have_been_lost_never_makes_the_job_spend_more(
+    wiring: Wiring, call: str, spent: int
+) -> None:
+    job_id = submit_to(wiring)
+    held = claim_of(wiring, job_id)
+    with wiring.database.writing() as session:
+        queries.reserve(session, held, 10)
+    losing: Any = LosesItsFirstCommit(wiring.database)
+    answering = Answering(Lease(replace(wiring, database=losing), held))
+    assert answering.reply(call, {"count": 4}) == {"result": None}
+    assert job_of(wiring, job_id).queries_spent == spent
 
 
 FOR_EVER = "while True: ledger.reserve(1)"
