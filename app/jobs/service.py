@@ -34,6 +34,7 @@ from app.paging import newest
 from app.security.principal import Principal
 from app.teachers import service as teachers
 from app.wiring import Wiring
+from models.methods import METHODS
 from models.pipeline import canonical, digest
 
 # What GET job asks, made once: building a statement costs as much as running it.
@@ -209,6 +210,7 @@ def retry(wiring: Wiring, principal: Principal, job_id: str) -> JobView:
             )
         ready = lifecycle.retry(session, job)
         session.flush()
+        _check_teacher_remains(wiring, session, principal, job)
         answer = view(session, job)
     announce(wiring, ready)
     return answer
@@ -318,6 +320,25 @@ def _check_quota(session: Session, principal: Principal, most: int) -> None:
             f"You have {active} unfinished jobs and may have {most}. Wait for one to finish, or cancel one.",
             code="too_many_jobs", headers={"Retry-After": "60"},
         )  # fmt: skip
+
+
+def _check_teacher_remains(wiring: Wiring, session: Session, principal: Principal, job: Job) -> None:
+    """Who has deleted a teacher wants it asked no more."""
+    method = METHODS.get(job.method)
+    if method is None or not job.teacher.startswith(f"{teachers.PREFIX}_"):
+        return
+    open_stages = JobStage.status.not_in(lifecycle.DONE)
+    names = session.scalars(sa.select(JobStage.name).where(JobStage.job_id == job.id, open_stages))
+    if not any(method.stage(name).asks for name in names):
+        return
+    try:
+        teachers.resolve(session, wiring.settings, principal, job.teacher)
+    except Invalid:
+        raise Conflict(
+            f"Job {job.id} has questions left to teacher '{job.teacher}', which was deleted. Order a new job with "
+            "another teacher.",
+            code="teacher_deleted",
+        ) from None
 
 
 def _replay(session: Session, principal: Principal, used: IdempotencyKey, request: str) -> JobView:

@@ -11,9 +11,10 @@ import sqlalchemy as sa
 
 from app import ids
 from app.jobs import lifecycle
-from app.jobs.tables import Job
+from app.jobs.tables import Job, JobStage, Shard, StageOutput
 from app.teachers.tables import Teacher
 from app.wiring import Wiring
+from models.methods import METHODS
 from models.teachers.black_box import AnswerKind, HttpTeacher, InputFormat
 from tests.service.black_boxes import unlabelled_zip
 from tests.service.stack import few_shot_zip
@@ -163,6 +164,37 @@ def test_an_unfinished_job_keeps_its_teacher(client: httpx.Client, wiring: Wirin
     client.post(f"/v1/jobs/{job['id']}/cancel")
     assert client.delete(f"/v1/teachers/{teacher}").status_code == 204
     assert client.get(f"/v1/jobs/{job['id']}").json()["teacher_id"] == teacher
+
+
+def test_a_retried_job_does_not_ask_a_teacher_that_was_deleted(
+    client: httpx.Client, wiring: Wiring, dataset: str
+) -> None:
+    teacher = add_teacher(wiring)
+    job = client.post("/v1/jobs", json={**ORDER, "dataset_id": dataset, "teacher_id": teacher}).json()
+    url = f"/v1/jobs/{job['id']}"
+    for _ in range(2):  # while the teacher is there it may be retried
+        client.post(f"{url}/cancel")
+        assert client.get(url).json()["status"] == "cancelled"
+        assert client.post(f"{url}/retry").status_code == 202
+    client.post(f"{url}/cancel")
+    assert client.delete(f"/v1/teachers/{teacher}").status_code == 204
+    answer = client.post(f"{url}/retry")
+    assert (answer.status_code, answer.json()["code"]) == (409, "teacher_deleted")
+    assert client.get(url).json()["status"] == "cancelled"
+    with wiring.database.writing() as session:  # what is left asks nobody
+        asking = [stage.name for stage in METHODS["fsbbt"].stages if stage.asks]
+        of_job = JobStage.job_id == job["id"]
+        session.execute(
+            sa.update(JobStage).where(of_job, JobStage.name.in_(asking)).values(status="succeeded")
+        )
+        for shard in session.scalars(
+            sa.select(Shard)
+            .join(JobStage, Shard.stage_id == JobStage.id)
+            .where(of_job, JobStage.name.in_(asking))
+        ):
+            shard.status = "succeeded"
+            session.add(StageOutput(tenant="default", key=shard.key, files={}, bytes=0))
+    assert client.post(f"{url}/retry").status_code == 202
 
 
 def test_a_job_that_is_ordered_names_its_teachers_files_for_its_stages(
