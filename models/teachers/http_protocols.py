@@ -174,7 +174,7 @@ def _split(response: Response) -> tuple[bytes, bytes]:
 
 def _read_tensor(output: dict[str, Any], binary: bytes | None, spec: HttpTeacher) -> Raw:
     shape, datatype = output.get("shape"), output.get("datatype")
-    sides = shape if isinstance(shape, list) and len(shape) <= _MOST_DIMENSIONS else [None]
+    sides: list[Any] = shape if isinstance(shape, list) and len(shape) <= _MOST_DIMENSIONS else [None]
     if not all(isinstance(side, int) and 0 <= side < _LONGEST_SIDE for side in sides):
         raise _unexpected("an output's 'shape'", "a short list of whole numbers")
     if datatype == "BYTES":
