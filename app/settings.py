@@ -10,6 +10,9 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from app.security.egress import Rule
 
+#: Variable in which a child process is given its parent's settings, as JSON: its arguments could be read by everybody.
+HANDED_ON = "DRAM_COMPUTE_SETTINGS"
+
 
 class Settings(BaseSettings):
     """Every setting of gateway and workers. The defaults are the embedded service below `home`."""

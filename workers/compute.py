@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import resource
 import shutil
 import sys
 import tempfile
@@ -22,7 +23,7 @@ from typing import Any, BinaryIO
 
 from app import locks, storage
 from app.security.egress import Egress
-from app.settings import Settings
+from app.settings import HANDED_ON, Settings
 from app.storage import BlobStore
 from models import runtime
 from models.errors import ModelsError, TryAgain
@@ -35,7 +36,8 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 def main() -> None:
-    settings = Settings.model_validate_json(sys.argv[1])
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # its memory holds the users' secret headers
+    settings = Settings.model_validate_json(os.environ.pop(HANDED_ON))
     runtime.use_bfloat16_on_cpu(settings.cpu_bfloat16)
     out = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)  # what libraries print must not mix with the messages

@@ -19,9 +19,11 @@ from typing import Any
 
 from app.jobs.lifecycle import Claim
 from app.processes import dying_with
-from app.settings import Settings
+from app.settings import HANDED_ON, Settings
 
 CHILD = (sys.executable, "-m", "workers.compute")
+#: The child is given the headers that its claim needs, and not what would open all others.
+_KEPT_BACK = ("DRAM_SECRET_KEY", "DRAM_DATABASE_URL")
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,8 @@ class ComputeProcess:
         if self._process is None or self._process.poll() is not None:
             self.kill()
             self._process = subprocess.Popen(
-                [*CHILD, self._settings.model_dump_json()],
+                CHILD,
+                env=_environment(self._settings),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 start_new_session=True,
@@ -156,3 +159,9 @@ class ComputeProcess:
         status = self._process.wait()
         self.kill()
         return Died(status)
+
+
+def _environment(settings: Settings) -> dict[str, str]:
+    """Of the child: this process's, with its settings and without what it has no use for."""
+    kept = {name: value for name, value in os.environ.items() if name.upper() not in _KEPT_BACK}
+    return {**kept, HANDED_ON: settings.model_dump_json(exclude={"database_url"})}

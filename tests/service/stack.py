@@ -23,7 +23,7 @@ from app import migrate, redis_server, storage
 from app.db import Database
 from app.jobs.tables import Job, JobEvent, Shard, StageOutput
 from app.keys import service as keys
-from app.settings import Settings
+from app.settings import HANDED_ON, Settings
 from app.students.tables import Student
 from app.wiring import Wiring
 
@@ -121,9 +121,9 @@ class Stack:
     def compute_processes(self) -> list[psutil.Process]:
         """The compute children of this stack that are alive."""
         found = []
-        for process in psutil.process_iter(["cmdline", "status"]):
-            command = process.info["cmdline"] or []
-            mine = "workers.compute" in command and str(self.home) in command[-1]
+        for process in psutil.process_iter(["cmdline", "environ", "status"]):
+            is_compute = "workers.compute" in (process.info["cmdline"] or [])
+            mine = is_compute and str(self.home) in (process.info["environ"] or {}).get(HANDED_ON, "")
             if mine and process.info["status"] != psutil.STATUS_ZOMBIE:
                 found.append(process)
         return found

@@ -406,7 +406,7 @@ def test_a_budget_that_is_spent_ends_the_stage_in_the_words_of_the_parent(bench:
     *_, failed = bench.run(stage, lambda call, arguments: refused)
     assert failed == {
         "kind": "failed", "code": "query_budget_spent", "detail": "5 of 5 are spent", "hint": "raise query_budget",
-        "retryable": False,
+        "retryable": False, "after_s": 0.0,
     }  # fmt: skip
 
 

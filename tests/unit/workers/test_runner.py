@@ -11,9 +11,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+from pydantic import SecretStr
 
 from app.jobs.lifecycle import Claim
-from app.settings import Settings
+from app.settings import HANDED_ON, Settings
 from app.storage import LocalStore
 from tests.conftest import eventually
 from workers import runner
@@ -46,6 +47,10 @@ for line in sys.stdin:
             say("moved", step=child.pid, total=0, metrics={})
             if claim["shard"]:
                 os._exit(5)
+        case "look around":
+            with open("/proc/self/environ") as file:
+                environ = dict(line.partition("=")[::2] for line in file.read().split("\\0"))
+            say("done", files={"arguments": " ".join(sys.argv), **environ}, bytes=0, facts=None)
         case "deaf":
             os.close(0); time.sleep(0.5); os._exit(6)
         case "sleep":
@@ -121,6 +126,20 @@ def test_the_child_stays_for_the_next_claim(compute: ComputeProcess) -> None:
     compute.start(claim("work"))
     assert next_message(compute) == Moved(1, 2, {"loss": 0.5})
     assert pid_of(compute) == first
+
+
+def test_the_child_has_its_settings_and_no_secrets_of_the_service(
+    compute: ComputeProcess, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("DRAM_SECRET_KEY", "hush")
+    monkeypatch.setenv("DRAM_DATABASE_URL", "postgresql://dram:hush@host/dram")
+    compute._settings = Settings(home=tmp_path / "home", secret_key=SecretStr("hush"))
+    compute.start(claim("look around"))
+    message = next_message(compute)
+    assert isinstance(message, Done)
+    assert "hush" not in str(message)
+    assert "home" not in message.files["arguments"]
+    assert Settings.model_validate_json(message.files[HANDED_ON]).home == tmp_path / "home"
 
 
 def test_silence_is_no_message_after_the_timeout(compute: ComputeProcess) -> None:
