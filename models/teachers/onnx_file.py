@@ -51,13 +51,15 @@ class Limits:
     """What an ONNX file may have and take. `memory` in bytes, beside a multiple of the file itself.
 
     `depth` bounds how deep graphs and functions are nested, `elements` the size of all tensors in the file
-    together, `nodes` the operators after functions are put in their places.
+    together, `nodes` the operators after functions are put in their places. No further output is tried after
+    `tries_s` at upload.
     """
 
     bytes: int = 512 << 20
     memory: int = 2 << 30
     load_s: float = 60.0
     call_s: float = 60.0
+    tries_s: float = 120.0
     threads: int = 1
     nodes: int = 50_000
     depth: int = 16
@@ -166,7 +168,16 @@ def inspect(
         names = [value.name for value in sandbox.outputs]
         if output and output not in names:
             raise TeacherError(f"the graph has no output '{output}'", f"Its outputs are {', '.join(names)}.")
-        tried = [_tried(sandbox, value, agreed) for value in sandbox.outputs if output in ("", value.name)]
+        candidates = [value for value in sandbox.outputs if output in ("", value.name)]
+        until = time.monotonic() + limits.tries_s
+        tried: list[OutputFacts | None] = []
+        for value in candidates:
+            if tried and time.monotonic() > until:
+                raise TeacherError(
+                    f"trying the graph's {len(candidates)} outputs takes longer than {limits.tries_s:g} s",
+                    "Name the one that holds the answers: output_name.",
+                )
+            tried.append(_tried(sandbox, value, agreed))
         outputs = tuple(facts for facts in tried if facts is not None)
         if not outputs:
             described = "; ".join(f"'{value.name}' {value.told()}" for value in sandbox.outputs[:5])

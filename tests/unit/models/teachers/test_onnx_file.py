@@ -428,6 +428,16 @@ def test_loading_has_its_time_too(tmp_path: Path) -> None:
         inspect(path, Limits(load_s=0.02))
 
 
+def test_slow_outputs_are_not_all_tried_one_by_one(tmp_path: Path) -> None:
+    outputs = [_value(name, ["N", 3]) for name in ("probabilities", "logits")]
+    path = _saved(tmp_path, _good(outputs=outputs))
+    hasty = Limits(tries_s=0.0)
+    with pytest.raises(TeacherError, match="trying the graph's 2 outputs takes longer than 0 s") as refused:
+        inspect(path, hasty)
+    assert "output_name" in refused.value.hint
+    assert [facts.name for facts in inspect(path, hasty, output="logits").outputs] == ["logits"]
+
+
 def test_what_was_stated_must_fit_the_graph(tmp_path: Path) -> None:
     path = _saved(tmp_path, _good())
     with pytest.raises(TeacherError, match=r"`input` states float32 \[N, 6, 6, 3\]"):
