@@ -208,7 +208,9 @@ def _asked(
 
 async def _create_http(request: Request, wiring: Wiring, principal: Principal) -> Teacher:
     content = await _capped(request, MAX_SPEC_BYTES, "The description")
-    return await anyio.to_thread.run_sync(_http, wiring, principal, content)
+    return await anyio.to_thread.run_sync(
+        _http, wiring, principal, content, limiter=_ASKING
+    )  # looks its name up
 
 
 def _http(wiring: Wiring, principal: Principal, content: bytes) -> Teacher:
