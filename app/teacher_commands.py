@@ -19,6 +19,8 @@ teachers = typer.Typer(
 )
 
 _PAGE = 100
+#: Not the URL: a student's bundle names its teacher by the title, and is handed on.
+_UNTITLED = "HTTP endpoint"
 
 TeacherId = Annotated[str, typer.Argument(metavar="TEACHER", help="Its id; `dram teachers` lists them.")]
 Classes = Annotated[
@@ -147,7 +149,7 @@ def add_http(
     names, headers = _names(classes), _headers(header)
     with service(url, key, Home(home)) as dram:
         made = dram.teachers.add_http(
-            title=title or endpoint, url=endpoint, classes=names, input=images, headers=headers, **more
+            title=title or _UNTITLED, url=endpoint, classes=names, input=images, headers=headers, **more
         )
         _show_new(made, as_json)
 

@@ -64,7 +64,7 @@ def test_an_endpoint_is_added_with_its_headers_from_a_file(script: Script, tmp_p
     assert (ran.returncode, ran.stdout) == (0, "tch_1\n")
     assert "dram teachers probe tch_1" in ran.stderr
     assert json.loads(script.asked[0].body) == {
-        "kind": "http", "title": "https://models.example/v2/models/m/infer",
+        "kind": "http", "title": "HTTP endpoint",
         "url": "https://models.example/v2/models/m/infer", "classes": ["cat", "dog"],
         "input": {"height": 28, "width": 32, "mean": [0.5, 0.5, 0.5]}, "protocol": "kserve_v2",
         "headers": {"Authorization": "Bearer a:b", "X-Team": "a"},
