@@ -41,7 +41,7 @@ class Prompt:
     places: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Diffusion:
     """The parts of a checkpoint, frozen, on `device`. `schedule` is its scheduler's configuration."""
 
@@ -56,7 +56,8 @@ class Diffusion:
     @property
     def resolution(self) -> int:
         """Side in pixels of its images."""
-        return int(self.unet.config.sample_size) * 2 ** (len(self.vae.config.block_out_channels) - 1)
+        halvings = len(self.vae.config.block_out_channels) - 1
+        return int(self.unet.config.sample_size) << halvings
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -91,13 +92,23 @@ class Diffusion:
             seen = image_tensors.resize(images.to(self.device, torch.float32), self.resolution) * 2 - 1
             code = self.vae.encode(seen.contiguous(memory_format=torch.channels_last))
             latents = code.latents if hasattr(code, "latents") else code.latent_dist.mode()
-        return ((latents - self._shift) * self.vae.config.scaling_factor).contiguous()
+        scaled: Tensor = (latents - self._shift) * self.vae.config.scaling_factor
+        return scaled.contiguous()
+
+    def encode_all(self, images: Images, batch_size: int = 16) -> Tensor:
+        """As `encode`, in batches that fit."""
+        return torch.cat(list(Batches(batch_size).of(len(images), lambda rows: self.encode(images[rows]))))
+
+    def decode_all(self, latents: Tensor, batch_size: int = 16) -> Images:
+        """As `decode`, in batches that fit; the images on the CPU."""
+        parts = Batches(batch_size).of(len(latents), lambda rows: self.decode(latents[rows]).cpu())
+        return torch.cat(list(parts))
 
     def decode(self, latents: Tensor) -> Images:
         """Images [N, 3, S, S] in 0..1 of latents [N, C, h, w]."""
         with torch.no_grad():
             code = latents.to(self.device, torch.float32) / self.vae.config.scaling_factor + self._shift
-            decoded = self.vae.decode(code.contiguous(memory_format=torch.channels_last)).sample
+            decoded: Tensor = self.vae.decode(code.contiguous(memory_format=torch.channels_last)).sample
         return ((decoded + 1) / 2).clamp(0, 1).contiguous()
 
     @property
@@ -170,7 +181,7 @@ class Diffusion:
                 "Name another word to start from.",
             )
         table = self.text_encoder.get_input_embeddings().weight
-        rows = table[torch.tensor(self._ids(known), device=self.device)].detach().float()
+        rows: Tensor = table[torch.tensor(self._ids(known), device=self.device)].detach().float()
         return rows if len(rows) == vectors else rows.mean(0, keepdim=True).repeat(vectors, 1)
 
     def _ids(self, text: str) -> list[int]:
@@ -246,7 +257,7 @@ class Diffusion:
             return self._sample(latents[rows], conditions[rows], unconditional[rows], steps, guidance, solver)
 
         with torch.no_grad():
-            return torch.cat(list(in_batches(part, len(latents), batch_size)))
+            return torch.cat(list(Batches(batch_size).of(len(latents), part)))
 
     def _sample(
         self,
@@ -286,12 +297,12 @@ class Diffusion:
         return torch.lerp(without, with_, guidance)
 
 
-def load(source: str | Path, device: str | torch.device = "cpu", revision: str | None = None) -> Diffusion:
-    """The model in a folder of diffusers' layout, or of a hub id at the commit `revision`.
+def load(folder: str | Path, device: str | torch.device = "cpu") -> Diffusion:
+    """The model in a folder of diffusers' layout. One at the hub: `models.generators.load`.
 
     Raises `GeneratorError` where a part is missing, of another kind, or its weights are no floating point numbers.
     """
-    folder = diffusion_folder.locate(str(source), revision)
+    folder = Path(folder)
     diffusion_folder.check(folder)
     place = torch.device(device)
     dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
@@ -330,29 +341,34 @@ def psnr(images: Images, others: Images) -> Tensor:
     return -10 * error.log10()
 
 
-def in_batches(work: Callable[[slice], T], count: int, size: int) -> Iterator[T]:
-    """`work` of the rows 0..`count` in turn, at most `size` at once.
+class Batches:
+    """Work in batches of at most `size` rows. Where the device's memory is full, `size` halves and the work goes on."""
 
-    Where the device's memory is full the batch halves, for the rows that follow too; a single row that does not fit
-    is a `GeneratorError`. `work` must be safe to repeat.
-    """
-    start = 0
-    while start < count:
-        rows = slice(start, min(start + size, count))
-        try:
-            result = work(rows)
-        except RuntimeError as error:
-            if not _is_full(error):
-                raise
-            size = (rows.stop - rows.start) // 2
-            if size < 1:
-                raise _full("one image") from error
-        else:
-            start = rows.stop
-            yield result
-            continue
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()  # after the except block: its traceback held the tensors
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def of(self, count: int, work: Callable[[slice], T]) -> Iterator[T]:
+        """`work` of the rows 0..`count` in turn; it must be safe to repeat.
+
+        Raises `GeneratorError` where a single row does not fit.
+        """
+        start = 0
+        while start < count:
+            rows = slice(start, min(start + self.size, count))
+            try:
+                result = work(rows)
+            except RuntimeError as error:
+                if not _is_full(error):
+                    raise
+                self.size = (rows.stop - rows.start) // 2
+                if self.size < 1:
+                    raise _full("the work on one image") from error
+            else:
+                start = rows.stop
+                yield result
+                continue
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()  # after the except block: its traceback held the tensors
 
 
 @contextlib.contextmanager

@@ -13,7 +13,6 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from huggingface_hub import snapshot_download
 
 from models.errors import GeneratorError
 
@@ -33,28 +32,6 @@ _VAES = ("AutoencoderKL", "AutoencoderTiny")
 _PREDICTIONS = ("epsilon", "v_prediction")
 _FLOATS = {"F16", "BF16", "F32", "F64"}
 _HINT = "Name a checkpoint in Stable Diffusion 1's or 2's format, as diffusers' save_pretrained writes it."
-
-
-def locate(source: str, revision: str | None) -> Path:
-    """The local folder of a checkpoint: `source` itself, or the files of a hub id `owner/name` at `revision`."""
-    folder = Path(source)
-    if folder.is_dir():
-        return folder
-    if folder.is_absolute() or revision is None:
-        raise GeneratorError(f"there is no folder '{source}'", _HINT)
-    wanted = [
-        "model_index.json",
-        "*/*.json",
-        "*/*.txt",
-        *(f"{part}/{name}.safetensors" for part, name in _WEIGHTS.items()),
-    ]
-    try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=wanted))
-    except Exception as error:  # the hub client raises its transport's own errors too
-        raise GeneratorError(
-            f"generator '{source}' cannot be had from the model hub: {type(error).__name__}",
-            "Check the id and the network, or name a local folder.",
-        ) from error
 
 
 def check(folder: Path) -> None:
