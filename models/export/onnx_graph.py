@@ -32,6 +32,7 @@ from models.errors import ExportError
 from models.export import parity, quantise, samples
 from models.pipeline import StageContext
 from models.stages import ExportParams
+from models.teachers import black_box_questions
 
 OPSET = 18
 #: Opset 18 came with IR 8; newer IRs only add types and fields that these graphs do not have.
@@ -216,7 +217,7 @@ def run(context: StageContext, params: ExportParams) -> None:
         support, unlabelled = (
             context.folder(name) if name in context.inputs else None for name in ("support", "unlabelled")
         )
-        calibration = samples.calibration(support, unlabelled, CALIBRATION_IMAGES)
+        calibration = samples.calibration(support, unlabelled, CALIBRATION_IMAGES, _held_out(context))
         try:
             quantised = to_bytes(quantise.static_int8(graph, calibration))
         except ExportError as error:
@@ -241,6 +242,13 @@ def run(context: StageContext, params: ExportParams) -> None:
             "int8": int8,
         },
     )
+
+
+def _held_out(context: StageContext) -> tuple[int, ...]:
+    """The images that the student of a black box is judged by: its int8 file must not be fitted to them."""
+    if "black_box" not in context.inputs:
+        return ()
+    return black_box_questions.read(context.folder("black_box")).held_out
 
 
 def _teacher_of(context: StageContext) -> dict[str, str]:

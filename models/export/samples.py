@@ -79,10 +79,16 @@ def pixels(content: bytes, name: str) -> NDArray[np.uint8]:
     return decoded
 
 
-def stratified(folder: Path, count: int, classes: Sequence[str] | None = None) -> list[Sample]:
-    """At most `count` images of a split, one of each class in turn; labels are positions in `classes`, if given."""
-    index = archive.read_index(folder / archive.FILE_NAME)
-    chosen = round_robin([image.label for image in index.images], count)
+def stratified(
+    folder: Path, count: int, classes: Sequence[str] | None = None, left_out: Collection[int] = ()
+) -> list[Sample]:
+    """At most `count` images of a split, one of each class in turn, none of those at the positions `left_out`.
+
+    Labels are positions in `classes`, if given.
+    """
+    images = archive.read_index(folder / archive.FILE_NAME).images
+    left = _remaining(len(images), left_out)
+    chosen = [left[at] for at in round_robin([images[position].label for position in left], count)]
     found = dict(zip(sorted(chosen), stream(folder, chosen, classes), strict=True))
     return [found[position] for position in chosen]
 
@@ -92,15 +98,29 @@ def learned_from(inputs: Mapping[str, tuple[Path, ...]]) -> tuple[Path, ...]:
     return tuple(folder for name in ("support", "unlabelled") for folder in inputs.get(name, ()))
 
 
-def calibration(support: Path | None, unlabelled: Path | None, count: int) -> list[NDArray[np.uint8]]:
-    """At most `count` images, half of them unlabelled where there are both: what the student will meet."""
-    labelled = stratified(support, count // 2 if unlabelled else count) if support else []
+def calibration(
+    support: Path | None, unlabelled: Path | None, count: int, left_out: Collection[int] = ()
+) -> list[NDArray[np.uint8]]:
+    """At most `count` images, half of them unlabelled where there are both: what the student will meet.
+
+    None is at the positions `left_out`, which count the labelled images and then the unlabelled ones.
+    """
+    labelled = stratified(support, count // 2 if unlabelled else count, left_out=left_out) if support else []
     if unlabelled is None:
         return [sample.pixels for sample in labelled]
+    first = len(archive.read_index(support / archive.FILE_NAME).images) if support else 0
     total = len(archive.read_index(unlabelled / archive.FILE_NAME).images)
-    rest = min(count - len(labelled), total)
-    spread = np.linspace(0, total - 1, rest).round().astype(int).tolist() if rest else []
-    return [sample.pixels for sample in (*labelled, *stream(unlabelled, spread))]
+    left = _remaining(total, [position - first for position in left_out])
+    rest = min(count - len(labelled), len(left))
+    spread = np.linspace(0, len(left) - 1, rest).round().astype(int).tolist() if rest else []
+    chosen = stream(unlabelled, [left[at] for at in spread])
+    return [sample.pixels for sample in (*labelled, *chosen)]
+
+
+def _remaining(count: int, left_out: Collection[int]) -> list[int]:
+    """The positions below `count` that are not left out."""
+    unwanted = set(left_out)
+    return [position for position in range(count) if position not in unwanted]
 
 
 def shrunk(sample: Sample, side: int = GOLDEN_SIDE) -> Sample:

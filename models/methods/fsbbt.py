@@ -305,7 +305,7 @@ METHOD = Method(
             asks=True,
             weight=0.5,
         ),
-        stages.EXPORT,
+        stages.EXPORT.given("black_box"),
         stages.EVALUATE.given("black_box", "teacher_on_held_out"),
         stages.BUNDLE,
     ),

@@ -2,7 +2,7 @@
 
 import io
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +15,12 @@ from torch.nn import functional
 from models import students, teachers
 from models.data import archive, fewshot, images
 from models.evaluation import report
+from models.evaluation.answers import held_out_positions
 from models.export import bundle, onnx_graph, teacher_graph
 from models.pipeline import JobShape, StageContext
 from models.stages import EvaluationParams, ExportParams
-from models.teachers.black_box import MODEL_FILE
+from models.teachers.black_box import MODEL_FILE, AnswerKind
+from models.teachers.black_box_questions import Introduction
 
 CLASSES = ("käse", "red brick", "sky")
 COLOURS = ((200, 180, 60), (170, 60, 50), (80, 140, 220))
@@ -204,7 +206,13 @@ def black_box_journey(context_of, sources, tmp_path_factory):
 
     def make(teacher, inputs, shape, *, model=None, int8=False, max_accuracy_drop=0.01) -> dict[str, Path]:
         root = tmp_path_factory.mktemp("black_box_journey")
+        asked = inputs.get("teacher_on_held_out")
+        held_out = held_out_positions(*asked) if asked else []
+        introduction = Introduction(
+            CLASSES, (0, 1, 2), AnswerKind.PROBABILITIES, "k", 0.1, 28, tuple(held_out)
+        )
         (root / "black_box").mkdir()
+        (root / "black_box" / "black_box.json").write_text(json.dumps(asdict(introduction)))
         (root / "teacher").mkdir()
         (root / "teacher" / "teacher.json").write_text(teacher.model_dump_json())
         if model is not None:

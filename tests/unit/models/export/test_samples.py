@@ -27,6 +27,16 @@ def test_calibration_draws_on_labelled_and_unlabelled_images(splits):
     assert len(samples.calibration(splits["support"], splits["unlabelled"], 1000)) == 24 + 18
 
 
+def test_calibration_passes_over_what_is_left_out(splits):
+    labelled = [sample.pixels for sample in samples.stream(splits["support"])]
+    unlabelled = [sample.pixels for sample in samples.stream(splits["unlabelled"])]
+    left_out = [0, 5, 23, 24, 41]  # three labelled images, the first and the last unlabelled one
+    drawn = samples.calibration(splits["support"], splits["unlabelled"], 1000, left_out)
+    wanted = [pixels for at, pixels in enumerate([*labelled, *unlabelled]) if at not in left_out]
+    assert sorted(pixels.tobytes() for pixels in drawn) == sorted(pixels.tobytes() for pixels in wanted)
+    assert len(samples.calibration(None, splits["unlabelled"], 1000, [0, 17])) == 16
+
+
 def test_large_images_are_shrunk_and_keep_their_shape():
     large = samples.Sample("a", 0, np.zeros((300, 600, 3), dtype=np.uint8))
     assert samples.shrunk(large, 256).pixels.shape == (128, 256, 3)
