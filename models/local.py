@@ -12,8 +12,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from models import generators
 from models.data import archive, fewshot
+from models.generators import GENERATORS, GeneratorSpec
 from models.methods import METHODS
 from models.pipeline import (
     Method,
@@ -65,22 +68,28 @@ def run(
     progress: Progress | None = None,
     model: Path | None = None,
     access: TeacherAccess | None = None,
+    generator: GeneratorSpec | str = generators.DEFAULT,
 ) -> LocalRun:
     """Execute the stages of a method; what lies under `out` from an earlier run is not done again.
 
     A teacher that is an ONNX file comes with the file as `model`; one behind HTTP with `access`, whose ledger
-    also counts the questions (None: a ledger without a budget, and no network).
+    also counts the questions (None: a ledger without a budget, and no network). `generator` matters to methods that
+    read one.
     `images` is a folder of class folders (with optional `test/` and `unlabelled/`), or packed splits by name:
     `support`, `unlabelled`, `test`. `wanted` names the artefacts to make, with what they need; None: all.
     """
     method = METHODS[method] if isinstance(method, str) else method
     teacher = TEACHERS[teacher] if isinstance(teacher, str) else teacher
     params = params or method.resolve(preset, {})
+    documents: dict[str, Any] = {"teacher": teacher.model_dump(mode="json"), "student": {"name": student}}
+    if method.reads("generator"):
+        generator = GENERATORS[generator] if isinstance(generator, str) else generator
+        documents["generator"] = generator.model_dump(mode="json")
     splits = fewshot.pack_folder(images, out / "splits") if isinstance(images, Path) else dict(images)
-    sources = {**splits, **_write_names(out / "sources", teacher, student, model)}
+    sources = {**splits, **_write_documents(out / "sources", documents, model)}
     shape = fewshot.shape_of(splits.get("support"), splits.get("unlabelled"), splits.get("test"))
     access = access or TeacherAccess(MemoryLedger())
-    planned = method.plan(shape, source_digests(splits, teacher, student), params, seed)
+    planned = method.plan(shape, source_digests(splits, documents), params, seed)
     folders: dict[str, tuple[Path, ...]] = {name: (path,) for name, path in sources.items()}
     made = {step.stage.output: step for step in planned}
     needed = set(made) if wanted is None else _ancestors(wanted, made, folders)
@@ -121,12 +130,10 @@ def run(
     return LocalRun(planned, folders, seconds)
 
 
-def source_digests(splits: Mapping[str, Path], teacher: AnyTeacher, student: str) -> dict[str, str]:
-    """The content digests of a job's sources: of the packed images, the teacher's spec, the student's name."""
+def source_digests(splits: Mapping[str, Path], documents: Mapping[str, Any]) -> dict[str, str]:
+    """The content digests of a job's sources: of the packed images, and of what names teacher, student, generator."""
     digests = {name: _file_digest(path / archive.FILE_NAME) for name, path in splits.items()}
-    digests["teacher"] = digest(teacher.model_dump(mode="json"))
-    digests["student"] = digest({"name": student})
-    return digests
+    return digests | {name: digest(document) for name, document in documents.items()}
 
 
 @dataclass
@@ -169,8 +176,7 @@ def _ancestors(
     return needed
 
 
-def _write_names(folder: Path, teacher: AnyTeacher, student: str, model: Path | None) -> dict[str, Path]:
-    documents = {"teacher": teacher.model_dump(mode="json"), "student": {"name": student}}
+def _write_documents(folder: Path, documents: Mapping[str, Any], model: Path | None) -> dict[str, Path]:
     for name, document in documents.items():
         target = folder / digest(document) / name
         target.mkdir(parents=True, exist_ok=True)

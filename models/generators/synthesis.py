@@ -7,9 +7,9 @@ from typing import Literal
 import torch
 
 from models.arrays import Pixels
-from models.generators import cvae, mixup
+from models.generators import Kind, cvae, mixup
 from models.generators.mixup import Mix
-from models.generators.shards import Kind, Synthetic, positions
+from models.generators.shards import Synthetic, positions
 from models.methods.fsbbt import SynthesisParams
 from models.pipeline import StageContext
 from models.runtime import resolve_device

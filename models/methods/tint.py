@@ -9,18 +9,18 @@ Mokady et al., arXiv:2211.09794.
 
 | artefact     | files |
 |---|---|
-| class_tokens | `tokens.safetensors` "tokens" float32 [V, D]; with LoRA `lora.safetensors` |
-| inversions   | `inversions.safetensors` "start" [K, c, h, w], "null" [K, T, L, D], "psnr", "ceiling" [K], "index" [K] |
-| synthetic    | as in `models.methods.fsbbt`, with "label", "seed" [n]; "share" is that of the inverted image, 1 - alpha |
-| selection    | `selection.safetensors` "verdict" [n], "probability" [n], see `models.training.selection` |
+| class_tokens | `tokens.safetensors` "tokens" float32 [V, D]; `tokens.json` template; with LoRA `lora.safetensors` |
+| inversions   | `inversions.safetensors`, see `null_text_inversion.Inversions`, and "index" [K]; `inversions.json` |
+| synthetic    | as in `models.methods.fsbbt`, with "label", "seed" [n]; "share" is the inverted image's, 1 - alpha |
+| selection    | `selection.safetensors` "verdict" [n], see `Verdict`; "probability" [n] of the class asked for |
 
-The first two have one shard a class. "index" are positions among the labelled images; "psnr" is that of the
-reconstruction, "ceiling" that of the auto-encoder alone, both in dB.
+The first two have one shard a class; "index" are positions among the labelled images.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from enum import IntEnum
 from typing import Literal
 
 from pydantic import Field
@@ -98,7 +98,7 @@ class GenerationParams(Params):
     guidance: float | None = Field(
         None, ge=1, le=30, description="Classifier-free guidance. Empty: that of the inversion."
     )
-    sampler: Literal["ddim", "dpm_solver"] = Field(
+    sampler: Literal["ddim", "dpm_solver++"] = Field(
         "ddim", description="ddim, or DPM-Solver++ of second order."
     )
     steps: int | None = Field(
@@ -128,6 +128,14 @@ class SelectionParams(Params):
         le=1000,
         description="A class keeps at most so many times the images of the class that has fewest, the surest first.",
     )
+
+
+class Verdict(IntEnum):
+    """What SELECT makes of a synthetic image, and why."""
+
+    KEPT = 0
+    UNSURE = 1  # the teacher gives the intended class too low a probability
+    SURPLUS = 2  # its class has enough surer ones
 
 
 class TintParams(Params):
@@ -215,7 +223,7 @@ METHOD = Method(
             "generate",
             generate,
             output="synthetic",
-            inputs=("support", "generator", "class_tokens"),
+            inputs=("generator", "class_tokens"),
             optional=("inversions",),
             params="generation",
             shards=lambda shape, params: (

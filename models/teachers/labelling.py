@@ -19,7 +19,7 @@ from models.teachers import few_shot_head, questions
 
 @dataclass(frozen=True)
 class SoftLabels:
-    """The teacher's logits [n, C] for view `view` [n, 5] of image `image` [n] (support first, then unlabelled)."""
+    """The teacher's logits [n, C] for view `view` [n, 5] of image `image` [n] (support, unlabelled, synthetic)."""
 
     logits: Logits
     image: Tensor
@@ -46,15 +46,17 @@ def read_classes(folder: Path) -> tuple[str, ...]:
 
 
 def label(context: StageContext, params: HeadParams) -> None:
-    """Fit the head to the support images' features and apply it to all. Writes head, `SoftLabels` and classes."""
+    """Fit the head to the real images' features and apply it to all. Writes head, `SoftLabels` and classes."""
     support = context.folder("support")
     labels = fewshot.read_labels(support)
-    count = context.shape.support + context.shape.unlabelled
-    features, image, view, size = questions.read_answers(context.inputs["teacher_answers"], count)
+    answers = context.inputs["teacher_answers"]
+    features, image, view, size = questions.read_answers(answers, questions.count_all(context))
     classes = archive.read_index(support / archive.FILE_NAME).classes
-    all_labels = torch.cat([labels, torch.full((count - len(labels),), -1)])
-    centre = centre_of(features, image, len(labels))
-    head = few_shot_head.fit(features, all_labels[image], image, centre, params, classes, size)
+    known = torch.cat([labels, torch.full((context.shape.unlabelled,), -1)])
+    real = image < len(known)
+    seen, shown = features[real], image[real]
+    centre = centre_of(seen, shown, len(labels))
+    head = few_shot_head.fit(seen, known[shown], shown, centre, params, classes, size)
     head.save(context.output)
     SoftLabels(head.logits(features), image, view).save(context.output)
     save_classes(context.output, classes)

@@ -1,11 +1,11 @@
-"""Show images to the teacher: ASK (support and unlabelled, its features) and EXAMINE (test, its answers)."""
+"""Show images to the teacher: ASK (support, unlabelled and synthetic, its features), EXAMINE (test, its answers)."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from models.arrays import Features, Views
 from models.data import archive, fewshot, images
 from models.data.augment import view_boxes
 from models.errors import TeacherError
+from models.generators import shards
 from models.pipeline import StageContext
 from models.runtime import resolve_device
 from models.stages import CHUNK, TeacherParams
@@ -27,7 +28,7 @@ _BATCH = 64
 
 
 def ask(context: StageContext, params: TeacherParams) -> None:
-    """Features of this shard's images, in the order support, then unlabelled; each image seen in its views.
+    """Features of this shard's images: support, then unlabelled, then synthetic; each image seen in its views.
 
     Writes `answers.safetensors`: "features" [n, D], "image" int64 [n] (position in that order), "view" [n, 5].
     """
@@ -96,26 +97,29 @@ def _questions(
     context: StageContext, params: TeacherParams, positions: range
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """(position, view [5], image [3, H, W] cut to the view) for the images at `positions`."""
-    sizes = _sizes(context)
+    for position, pixels in _shown(context, positions):
+        views = params.views if position < context.shape.support else params.unlabelled_views
+        for box in view_boxes(torch.full((views,), position), torch.arange(views)):
+            cut, exact = _cut(pixels, box)
+            yield position, exact, cut
+
+
+def _shown(context: StageContext, positions: range) -> Iterator[tuple[int, Tensor]]:
+    """(position, image [3, H, W]) for the images at `positions`: support, unlabelled, synthetic."""
     offset = 0
-    for name, views in (("support", params.views), ("unlabelled", params.unlabelled_views)):
+    for name, count in (("support", context.shape.support), ("unlabelled", context.shape.unlabelled)):
         if name not in context.inputs:
             continue
-        path = context.folder(name) / archive.FILE_NAME
-        first = max(0, positions.start - offset)
-        last = min(sizes[name], positions.stop - offset)
-        for index, (image, content) in enumerate(archive.contents(path)):
-            if index >= last:
-                break
-            if index < first:
-                continue
-            position = offset + index
-            pixels = images.decode(content, image.name)
-            boxes = view_boxes(torch.full((views,), position), torch.arange(views))
-            for box in boxes:
-                cut, exact = _cut(pixels, box)
-                yield position, exact, cut
-        offset += sizes[name]
+        wanted = range(max(0, positions.start - offset), max(0, min(count, positions.stop - offset)))
+        contents = archive.contents(context.folder(name) / archive.FILE_NAME)
+        for index, (image, content) in enumerate(islice(contents, wanted.stop)):
+            if index >= wanted.start:
+                yield offset + index, images.decode(content, image.name)
+        offset += count
+    if "synthetic" in context.inputs:
+        wanted = range(max(0, positions.start - offset), max(0, positions.stop - offset))
+        made = chain.from_iterable(shards.pieces(context.inputs["synthetic"], wanted, _BATCH))
+        yield from enumerate(made, offset + wanted.start)
 
 
 def _cut(pixels: Tensor, view: Tensor) -> tuple[Tensor, Tensor]:
@@ -150,15 +154,15 @@ def _squeeze(image: Tensor, size: int) -> Tensor:
     return images.resize(image[None], size)[0]
 
 
-def _sizes(context: StageContext) -> dict[str, int]:
-    return {"support": context.shape.support, "unlabelled": context.shape.unlabelled}
+def count_all(context: StageContext) -> int:
+    """How many images there are to show: support, unlabelled and synthetic."""
+    made = shards.count(context.inputs["synthetic"]) if "synthetic" in context.inputs else 0
+    return context.shape.support + context.shape.unlabelled + made
 
 
 def _count(context: StageContext, params: TeacherParams, positions: range) -> int:
     support = len(range(positions.start, min(positions.stop, context.shape.support)))
-    images = len(
-        range(positions.start, min(positions.stop, context.shape.support + context.shape.unlabelled))
-    )
+    images = len(range(positions.start, min(positions.stop, count_all(context))))
     return support * params.views + (images - support) * params.unlabelled_views
 
 

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from models import students
 from models.arrays import Pixels, Probabilities
 from models.data import fewshot, images
+from models.generators import shards
 from models.pipeline import StageContext
 from models.runtime import resolve_device
 from models.stages import DistillationParams
 from models.teachers import few_shot_head, labelling, questions
-from models.training import distillation
+from models.training import distillation, selection
 
 _BATCH = 256
 
@@ -22,7 +23,9 @@ def cross_validate(context: StageContext, params: DistillationParams) -> None:
     """One fold: hold a part of the support back, do everything else without it, then answer for it.
 
     The unlabelled images stay with the training part; no label of the held-back images, and without
-    unlabelled images no held-back image either, reaches the head, its centre or the student.
+    unlabelled images no held-back image either, reaches the head, its centre or the student. Synthetic images that
+    come from a held-back image are left out; but the class tokens of the others were learnt from all images, and all
+    of them took part in the selection, so that with synthetic images the estimate may be a little too high.
     Writes `predictions.safetensors`: "student", "teacher" [n, C], "labels", "index" int64 [n].
     """
     name = students.read_name(context.folder("student"))
@@ -30,22 +33,31 @@ def cross_validate(context: StageContext, params: DistillationParams) -> None:
     device = resolve_device(context.device)
     pixels, labels = distillation.read_images(context, size)
     classes = labelling.read_classes(context.folder("soft_labels"))
-    features, image, view, _ = questions.read_answers(context.inputs["teacher_answers"], len(labels))
+    answers = context.inputs["teacher_answers"]
+    features, image, view, _ = questions.read_answers(answers, questions.count_all(context))
     support = int((labels >= 0).sum())
     held = fewshot.stratified_folds(labels[:support], context.shards, context.seed) == context.shard
     index = held.nonzero()[:, 0]
 
-    kept = torch.cat([~held, torch.ones(len(labels) - support, dtype=torch.bool)])
+    kept_real = torch.cat([~held, torch.ones(len(labels) - support, dtype=torch.bool)])
+    made = selection.kept(context)
+    if len(made):
+        made &= ~torch.isin(shards.column(context.inputs["synthetic"], "first"), index)
+    kept = torch.cat([kept_real, made])
     kept_rows = kept[image]
     position = kept.cumsum(0) - 1  # of each kept image among the kept
     learnt, learnt_image = features[kept_rows], position[image[kept_rows]]
-    learnt_labels = labels[kept]
-    centre = labelling.centre_of(learnt, learnt_image, int((learnt_labels >= 0).sum()))
-    head = few_shot_head.load(context.folder("soft_labels")).refit(
-        learnt, learnt_labels[learnt_image], learnt_image, centre
-    )
+    learnt_labels = torch.cat([labels[kept_real], torch.full((int(made.sum()),), -1)])
+    real = learnt_image < int(kept_real.sum())
+    seen, shown = learnt[real], learnt_image[real]
+    centre = labelling.centre_of(seen, shown, int((learnt_labels >= 0).sum()))
+    head = few_shot_head.load(context.folder("soft_labels")).refit(seen, learnt_labels[shown], shown, centre)
     soft = labelling.SoftLabels(head.logits(learnt), learnt_image, view[kept_rows])
-    data = distillation.training_set(pixels[kept], learnt_labels, soft, device)
+    shown_pixels = pixels[kept_real]
+    if bool(made.any()):
+        synthetic = distillation.read_synthetic(context, made.nonzero()[:, 0], size)
+        shown_pixels = torch.cat([shown_pixels, synthetic])
+    data = distillation.training_set(shown_pixels, learnt_labels, soft, device)
     network = distillation.new_student(name, len(classes), size, context.seed, device)
     trained, _ = distillation.train(network, data, params, context.seed, context.report, context.checkpoints)
     asked = labelling.own_view(image, view, index)

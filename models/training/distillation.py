@@ -21,7 +21,7 @@ from models.pipeline import Checkpoints, Report, StageContext
 from models.runtime import generator, resolve_device, seed_weights
 from models.stages import DistillationParams
 from models.teachers import labelling
-from models.training import losses
+from models.training import losses, selection
 from models.training.checkpoint import History
 from models.training.loop import Schedule, fit
 
@@ -134,18 +134,27 @@ def read_images(context: StageContext, size: int) -> tuple[Pixels, Labels]:
 
 
 def read_training_set(context: StageContext, size: int, device: torch.device) -> TrainingSet:
-    """Support, unlabelled and synthetic images with the teacher's labels; those without any are left out."""
+    """Support, unlabelled and selected synthetic images with the teacher's labels; those without any are left out."""
     pixels, labels = read_images(context, size)
     soft = labelling.load(context.folder("soft_labels"))
+    if "selection" in context.inputs:
+        rows = torch.cat([torch.ones(len(labels), dtype=torch.bool), selection.kept(context)])[soft.image]
+        soft = labelling.SoftLabels(soft.logits[rows], soft.image[rows], soft.view[rows])
     learnt, image = torch.unique(soft.image, return_inverse=True)
     real = learnt[learnt < len(labels)]
-    if "synthetic" in context.inputs:
-        synthetic = shards.pixels_at(context.inputs["synthetic"], learnt[len(real) :] - len(labels))
-        pixels = torch.cat([pixels[real], squeezed(synthetic, size)])
+    if len(real) < len(learnt):
+        synthetic = read_synthetic(context, learnt[len(real) :] - len(labels), size)
+        pixels = torch.cat([pixels[real], synthetic])
         labels = torch.cat([labels[real], torch.full((len(synthetic),), -1)])
     elif len(real) < len(labels):
         pixels, labels = pixels[real], labels[real]
     return training_set(pixels, labels, replace(soft, image=image), device)
+
+
+def read_synthetic(context: StageContext, index: Tensor, size: int) -> Pixels:
+    """The synthetic images [m, 3, size, size] at ascending positions `index` [m]."""
+    parts = [squeezed(part, size) for part in shards.parts_at(context.inputs["synthetic"], index)]
+    return torch.cat([torch.empty(0, 3, size, size, dtype=torch.uint8), *parts])
 
 
 def distill(context: StageContext, params: DistillationParams) -> None:

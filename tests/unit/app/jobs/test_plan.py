@@ -51,7 +51,8 @@ def test_the_service_and_a_local_run_plan_the_same_keys(spec: AnyTeacher, splits
         "student": {"files": {"student.json": digest({"name": "conv4"})}},
     }
     planned = plan.stages(method, shape, sources, params, 3)
-    alone = method.plan(shape, local.source_digests(splits, spec, "conv4"), params, 3)
+    documents = {"teacher": spec.model_dump(mode="json"), "student": {"name": "conv4"}}
+    alone = method.plan(shape, local.source_digests(splits, documents), params, 3)
     assert [entry.shard_keys for entry in planned] == [entry.shard_keys for entry in alone]
 
 

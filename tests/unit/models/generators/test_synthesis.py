@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from models.generators import shards, synthesis
-from models.generators.shards import Kind
+from models.generators import Kind, shards, synthesis
 from models.methods.fsbbt import SynthesisParams
 
 PIXELS = torch.arange(12 * 3 * 28 * 28).remainder(256).to(torch.uint8).view(12, 3, 28, 28)
