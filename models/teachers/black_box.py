@@ -20,6 +20,8 @@ from models.pipeline import TeacherOutput, digest
 MODEL_FILE = "model.onnx"
 #: Most images of one call.
 MOST_IN_A_CALL = 256
+#: Goes into the keys of kept answers: raise it when code changes how images are prepared or answers become rows.
+ANSWERS_VERSION = 1
 
 ClassName = Annotated[str, StringConstraints(min_length=1, max_length=100)]
 
@@ -109,8 +111,10 @@ class BlackBoxSpec(BaseModel):
     @property
     def answers_key(self) -> str:
         """Under which its answers are kept: the same for all that would be asked and answer alike."""
-        described = self.model_dump(mode="json", exclude={"title", "licence", "licence_url"})
-        return digest(described)
+        return self._key_without("title", "licence", "licence_url")
+
+    def _key_without(self, *told: str) -> str:
+        return digest({**self.model_dump(mode="json", exclude=set(told)), "version": ANSWERS_VERSION})
 
 
 class OnnxTeacher(BlackBoxSpec):
@@ -126,7 +130,7 @@ class OnnxTeacher(BlackBoxSpec):
     @property
     def answers_key(self) -> str:
         """Two uploads of one file share their answers."""
-        return digest(self.model_dump(mode="json", exclude={"name", "title", "licence", "licence_url"}))
+        return self._key_without("name", "title", "licence", "licence_url")
 
 
 class HttpTeacher(BlackBoxSpec):

@@ -331,4 +331,4 @@ def _fit_head(
 def _network_key(spec: teachers.TeacherSpec, folder: Path) -> str:
     """Names the answers of a network with the head in `folder`."""
     head = [(folder / name).read_bytes().hex() for name in ("head.json", "head.safetensors")]
-    return digest([spec.model_dump(mode="json"), *head])
+    return digest([spec.model_dump(mode="json"), *head, black_box.ANSWERS_VERSION])
