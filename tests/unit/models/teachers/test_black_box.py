@@ -22,8 +22,8 @@ BOXES = [FILE, ENDPOINT]
 @pytest.mark.parametrize(
     "changed",
     [
-        {"classes": ("b", "a")}, {"input": InputFormat(height=6, width=6, range="-1..1")}, {"answers": AnswerKind.LOGITS},
-        {"source": "1" * 64}, {"output_name": "z"},
+        {"classes": ("b", "a")}, {"input": InputFormat(height=6, width=6, range="-1..1")},
+        {"answers": AnswerKind.LOGITS}, {"source": "1" * 64}, {"output_name": "z"},
     ],
     ids=["classes", "input", "answers", "source", "output"],
 )  # fmt: skip
