@@ -58,7 +58,7 @@ RECIPE: dict[str, Any] = {
     "cutmix": 0.0,
     "ema_decay": 0.995,
 }
-STEPS_ON_FEW, STEPS_OF_HALF = 1000, 4500
+STEPS_ON_FEW, STEPS_ON_FEWER, STEPS_OF_HALF = 1000, 1500, 4500
 #: The CVAE's loss is flat from about 20 passes on; the paper makes 600.
 CVAE = {"epochs": 60}
 TARGETS = {
@@ -207,13 +207,20 @@ def arms() -> tuple[list[Arm], list[Arm]]:
         Arm("best", STUDENT, BEST, 42_000, {"distillation": RECIPE}),
     ]
     names = {PAPERS: "FS-BBT", BEST: "best"}
+    steps = {QUESTIONS[0]: STEPS_ON_FEWER, QUESTIONS[1]: RECIPE["steps"]}
     table = [
-        Arm(names.get(maker, maker), STUDENT, maker, questions, {"distillation": RECIPE})
+        Arm(
+            names.get(maker, maker),
+            STUDENT,
+            maker,
+            asked,
+            {"distillation": {**RECIPE, "steps": steps[asked]}},
+        )
+        for asked in QUESTIONS
         for maker in MAKERS
-        for questions in QUESTIONS
     ]
-    chosen = {"distillation": RECIPE, "synthesis": {"pool": 3.0}}
-    table.append(Arm("active choice", STUDENT, BEST, QUESTIONS[0], chosen))
+    fewer = {"distillation": {**RECIPE, "steps": STEPS_ON_FEWER}, "synthesis": {"pool": 3.0}}
+    table.append(Arm("active choice", STUDENT, BEST, QUESTIONS[0], fewer))
     return every, [arm for arm in table if arm not in every]
 
 
