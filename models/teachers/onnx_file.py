@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from io import BufferedReader
 from pathlib import Path
 from types import TracebackType
@@ -112,7 +112,8 @@ class OnnxFile:
         self.batch_size = max(1, min(BATCH_SIZE, BATCH_PIXELS // (spec.input.height * spec.input.width)))
         self._path = path
         self._spec = spec
-        self._limits = limits
+        # Its size was accepted at its upload, whatever the operator allows there.
+        self._limits = replace(limits, bytes=max(limits.bytes, spec.bytes))
         self._sandbox: _Sandbox | None = None
         self._closed = False
         self._lock = threading.Lock()

@@ -457,6 +457,12 @@ def test_a_file_that_is_too_large_is_not_even_read(tmp_path: Path) -> None:
 # --- what goes wrong while a job asks -------------------------------------------------------------------------
 
 
+def test_a_file_that_was_accepted_is_asked_whatever_its_size(tmp_path: Path) -> None:
+    path = _saved(tmp_path, _good())
+    with OnnxFile(path, _spec(path), Limits(bytes=100)) as box:
+        assert box.answer(_images(1)).shape == (1, 3)
+
+
 def test_a_class_list_of_another_length_is_told(tmp_path: Path) -> None:
     path = _saved(tmp_path, _good())
     with (
