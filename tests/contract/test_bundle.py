@@ -92,7 +92,7 @@ def by_fsbbt(root, random):
     params = METHODS["fsbbt"].resolve(
         "draft",
         {
-            "synthesis": {"images": 40},
+            "synthesis": {"images": 40, "maker": "mixup_cvae"},
             "cvae": {"epochs": 2},
             "distillation": {"steps": 20, "batch_size": 8},
             "export": {"int8": True, "max_accuracy_drop": 1.0},

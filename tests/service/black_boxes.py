@@ -32,7 +32,7 @@ ORDER: dict[str, Any] = {
     "method": "fsbbt",
     "preset": "draft",
     "params": {
-        "synthesis": {"images": SYNTHETIC},
+        "synthesis": {"images": SYNTHETIC, "maker": "mixup_cvae"},
         "cvae": {"epochs": 2},
         "distillation": {"steps": 30, "batch_size": 16, "input_size": 32},
         "evaluation": {"latency_runs": 5},
