@@ -33,6 +33,8 @@ _CHUNK = 1 << 20
 class BlobStore(Protocol):
     """Where blobs are kept. Digests are lower-case hex sha-256."""
 
+    def __hash__(self) -> int: ...  # what is read of a blob may be cached by store and digest
+
     def put(self, path: Path) -> str:
         """Store a file's content; return its digest. Content that is there already is kept."""
 

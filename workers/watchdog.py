@@ -18,6 +18,7 @@ import structlog
 from billiard import active_children
 from celery.signals import worker_ready, worker_shutdown, worker_shutting_down
 
+from app.catalogue import generators
 from app.db import Database, now, upsert
 from app.errors import DramError
 from app.jobs.tables import Shard, Worker
@@ -81,18 +82,22 @@ class Watchdog(threading.Thread):
             self._stopped.set()
 
     def tell_teachers(self, database: Database) -> None:
-        """Write which teachers can be had here, now and then: the gateway may run where none of them lies."""
+        """Write which teachers and generators can be had here, now and then: the gateway may run where none lies."""
         if time.monotonic() < self._tell_at:
             return
         self._tell_at = time.monotonic() + _TEACHERS_PAUSE_S
         try:
             found = teachers.here(list(teachers.catalogue(self._settings).values()))
+            makers = generators.here(list(generators.catalogue(self._settings).values()))
         except DramError as error:
             log.error("teachers_unknown", detail=error.detail)
             return
-        states = {name: [state.available, state.reason] for name, state in found.items()}
+        told = {
+            kind: {name: [state.available, state.reason] for name, state in states.items()}
+            for kind, states in (("teachers", found), ("generators", makers))
+        }
         with database.writing() as session:
-            session.execute(sa.update(Worker).where(Worker.id == self.worker_id).values(teachers=states))
+            session.execute(sa.update(Worker).where(Worker.id == self.worker_id).values(**told))
 
     def _held_here(self) -> sa.Select[int]:
         mine = sa.and_(

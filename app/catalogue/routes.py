@@ -1,4 +1,4 @@
-"""Methods and student architectures, straight from the registries."""
+"""Methods, student architectures and generators, straight from the registries."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ from functools import cache
 
 from fastapi import APIRouter
 
-from app.catalogue.schemas import ArchitectureAnswer, MethodAnswer, StageAnswer
+from app.catalogue import generators as service
+from app.catalogue.schemas import ArchitectureAnswer, GeneratorAnswer, MethodAnswer, StageAnswer
 from app.errors import NotFound
 from app.paging import Page
 from app.problem import documented
-from app.security.dependencies import allowed
+from app.security.dependencies import Wired, allowed
+from models.generators import GeneratorSpec
 from models.methods import METHODS
 from models.pipeline import Stage
 from models.students import STUDENTS, StudentSpec
+from models.teachers import Availability
 
 router = APIRouter(prefix="/v1", tags=["catalogue"], dependencies=[allowed("jobs:read")])
 
@@ -50,6 +53,24 @@ def architecture(name: str) -> ArchitectureAnswer:
     return _architecture(STUDENTS[name])
 
 
+@router.get("/generators", responses=documented(503))
+def generators(wiring: Wired) -> Page[GeneratorAnswer]:
+    """The generators of images, with licence, size and whether each can be had now."""
+    specs = list(service.catalogue(wiring.settings).values())
+    states = service.availability(wiring, specs)
+    return Page(data=[_generator(spec, states[spec.name]) for spec in specs], has_more=False)
+
+
+@router.get("/generators/{name}", responses=documented(404, 503))
+def generator(name: str, wiring: Wired) -> GeneratorAnswer:
+    known = service.catalogue(wiring.settings)
+    if name not in known:
+        raise NotFound(
+            f"There is no generator '{name[:64]}'; there are: {', '.join(known)}.", code="unknown_generator"
+        )
+    return _generator(known[name], service.availability(wiring, [known[name]])[name])
+
+
 @cache  # the schema takes milliseconds, and nothing of it changes while the process runs
 def _method(name: str) -> MethodAnswer:
     method = METHODS[name]
@@ -73,6 +94,13 @@ def _stage(stage: Stage) -> StageAnswer:
         inputs=list(stage.inputs),
         optional=list(stage.optional),
         output=stage.output,
+    )
+
+
+def _generator(spec: GeneratorSpec, state: Availability) -> GeneratorAnswer:
+    source = spec.source if spec.kind == "hub" else spec.kind  # no path of the operator's machine
+    return GeneratorAnswer.model_validate(
+        {**spec.model_dump(), **vars(state), "source": source, "object": "generator", "id": spec.name}
     )
 
 

@@ -31,6 +31,24 @@ class MethodAnswer(Answer):
     params: dict[str, Any] = Field(description="JSON schema of the `params` of a job.")
 
 
+class GeneratorAnswer(Answer):
+    """A text-to-image model that methods such as tint make images with."""
+
+    object: Literal["generator"]
+    id: str
+    title: str
+    kind: Literal["embedded", "local", "hub"]
+    source: str = Field(description="Hub id, 'local' for a folder of the operator's, or 'embedded'.")
+    revision: str | None = Field(description="The pinned commit at the hub, else a name for the weights.")
+    resolution: int = Field(description="Side in pixels of its images.")
+    parameters: int | None = Field(description="Learned numbers, where they are known.")
+    licence: str
+    licence_url: str
+    resident_mib: int = Field(description="Memory that the loaded networks take, about; 0: not known.")
+    available: bool
+    reason: str = Field(description="Where it comes from, or why it cannot be had now.")
+
+
 class ArchitectureAnswer(Answer):
     object: Literal["architecture"]
     id: str

@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 from sqlalchemy.orm import Session
 
+from app.catalogue import generators
 from app.datasets import service as datasets
 from app.errors import Finding, Invalid
 from app.jobs import plan
@@ -17,12 +18,15 @@ from app.security.principal import Principal
 from app.teachers import service as teachers
 from app.teachers.service import Resolved
 from app.wiring import Wiring
+from models.generators import DEFAULT, GeneratorSpec
 from models.methods import METHODS
 from models.pipeline import JobShape, Method, Params, PlannedStage, digest
 from models.students import STUDENTS
 from models.teachers import TeacherSpec
 
 _SOURCE_WORDS = {"support": "labelled images", "unlabelled": "unlabelled images", "test": "a test split"}
+#: Sources that the order names, so that no data set lacks them.
+_NAMED = ("teacher", "student", "generator")
 _MOST_NAMED = 10
 
 
@@ -34,6 +38,7 @@ class Choice:
     params: Params
     teacher: Resolved
     documents: Mapping[str, Any]
+    generator_id: str | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,11 @@ def choose(wiring: Wiring, principal: Principal, order: JobOrder) -> Choice:
             teacher = teachers.resolve(session, wiring.settings, principal, order.teacher_id)
     except Invalid as error:
         findings.append(Finding(error.code, "/teacher_id", error.detail))
+    generator: GeneratorSpec | None = None
+    try:
+        generator = _generator(wiring, order, method)
+    except Invalid as error:
+        findings.append(Finding(error.code, "/generator_id", error.detail))
     params: Params | None = None
     if method is not None:
         try:
@@ -71,11 +81,15 @@ def choose(wiring: Wiring, principal: Principal, order: JobOrder) -> Choice:
             " ".join(finding.detail for finding in findings), code=findings[0].code, findings=tuple(findings)
         )
     _check_teacher(wiring, order, method, teacher)
-    documents = {
+    documents: dict[str, Any] = {
         "teacher.json": teacher.spec.model_dump(mode="json"),
         "student.json": {"name": order.student},
     }
-    return Choice(method, params, teacher, documents)
+    if generator is None:
+        return Choice(method, params, teacher, documents)
+    _check_generator(wiring, generator)
+    documents["generator.json"] = generator.model_dump(mode="json")
+    return Choice(method, params, teacher, documents, generator.name)
 
 
 def plan_work(session: Session, principal: Principal, order: JobOrder, choice: Choice) -> Work:
@@ -90,6 +104,8 @@ def plan_work(session: Session, principal: Principal, order: JobOrder, choice: C
         "teacher": {"files": {**choice.teacher.files, plan.TEACHER_FILE: digests["teacher.json"]}},
         "student": {"files": {"student.json": digests["student.json"]}},
     }
+    if choice.generator_id is not None:
+        sources["generator"] = {"files": {"generator.json": digests["generator.json"]}}
     queries = choice.method.queries(shape, choice.params) if choice.method.queries else None
     _check_budget(order, queries)
     return Work(
@@ -113,13 +129,34 @@ def _check_teacher(wiring: Wiring, order: JobOrder, method: Method, teacher: Res
         raise Invalid(f"Teacher '{order.teacher_id}' cannot be used: {reason}", code="teacher_unavailable")
 
 
+def _generator(wiring: Wiring, order: JobOrder, method: Method | None) -> GeneratorSpec | None:
+    """The order's generator; None where the method reads none. Raises Invalid."""
+    if method is None or not method.reads("generator"):
+        if method is None or order.generator_id is None:
+            return None
+        reading = ", ".join(name for name, known in METHODS.items() if known.reads("generator"))
+        raise Invalid(
+            f"Method '{method.name}' reads no generator; leave generator_id out. Those that do: {reading}.",
+            code="method_reads_no_generator",
+        )
+    return generators.resolve(wiring.settings, order.generator_id or DEFAULT)
+
+
+def _check_generator(wiring: Wiring, spec: GeneratorSpec) -> None:
+    state = generators.availability(wiring, [spec])[spec.name]
+    if not state.available:
+        detail = f"Generator '{spec.name}' cannot be used: {state.reason} GET /v1/generators tells of others."
+        finding = Finding("generator_unavailable", "/generator_id", detail)
+        raise Invalid(detail, code=finding.code, findings=(finding,))
+
+
 def _check_images(dataset_id: str, choice: Choice, shape: JobShape, splits: set[str]) -> None:
-    missing = choice.method.missing_sources(shape, {*splits, "teacher", "student"}, choice.params)
+    missing = choice.method.missing_sources(shape, {*splits, *_NAMED}, choice.params)
     if missing:
         others = [
             f"'{method.name}'"
             for method in METHODS.values()
-            if not method.missing_sources(shape, {*splits, "teacher", "student"}, method.params())
+            if not method.missing_sources(shape, {*splits, *_NAMED}, method.params())
         ]
         instead = f" Choose method {' or '.join(others)}, or add them." if others else " Add them."
         raise Invalid(

@@ -13,10 +13,11 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
 
 from app.errors import BadRequest
+from app.jobs import samples as sampling
 from app.jobs import service
 from app.jobs.events import TERMINAL
 from app.jobs.reader import JobReader
-from app.jobs.schemas import CurvePoint, EventView, JobOrder, JobView, PlanView, Status
+from app.jobs.schemas import CurvePoint, EventView, JobOrder, JobView, PlanView, SampleView, Status
 from app.paging import Limit, Page
 from app.problem import documented
 from app.security.dependencies import Wired, allowed, caller
@@ -153,6 +154,39 @@ def metrics(job_id: str, wired: Wired, principal: Reader) -> Response:
     """The training curves, all points."""
     points = service.metrics(wired, principal, job_id)
     return _json(Page[CurvePoint](data=points, has_more=False).model_dump_json())
+
+
+@router.get("/{job_id}/samples", responses=documented(404))
+def samples(
+    job_id: str,
+    wired: Wired,
+    principal: Reader,
+    limit: Limit = 20,
+    after: Annotated[int, Query(ge=0, description="Number of the last sample seen.")] = 0,
+) -> Page[SampleView]:
+    """The synthetic images of a job, as far as it has made them, with what the teacher says of each."""
+    found, has_more = sampling.page(wired, principal, job_id, limit, after)
+    return Page(data=found, has_more=has_more)
+
+
+@router.get(
+    "/{job_id}/samples/{sample_id}/image",
+    response_class=Response,
+    responses={
+        200: {"content": {"image/png": {"schema": {"type": "string", "format": "binary"}}}},
+        **documented(404),
+    },
+)
+def sample_image(
+    job_id: str,
+    sample_id: int,
+    wired: Wired,
+    principal: Reader,
+    size: Annotated[int | None, Query(ge=16, le=256, description="Longest side of a thumbnail.")] = None,
+) -> Response:
+    """A synthetic image as PNG."""
+    content = sampling.png(wired, principal, job_id, sample_id, size)
+    return Response(content, media_type="image/png", headers={"Cache-Control": "private, max-age=3600"})
 
 
 async def _follow(

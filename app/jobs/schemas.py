@@ -20,6 +20,9 @@ class JobOrder(Order):
     teacher_id: str = Field(description="From GET /v1/teachers.", examples=["efficientnet_lite0"])
     method: str = Field("kd", description="From GET /v1/methods.")
     student: str = Field(description="From GET /v1/architectures.", examples=["mobilenetv3_small_050"])
+    generator_id: str | None = Field(
+        None, description="From GET /v1/generators; for methods that read one. Left out: 'embedded'."
+    )
     preset: Preset = Field("balanced", description="How much time to spend.")
     params: dict[str, Any] = Field({}, description="Overrides of the method's parameters, grouped by stage.")
     seed: int = Field(0, ge=0, lt=2**31)
@@ -87,6 +90,7 @@ class JobView(Answer):
     teacher_id: str
     method: str
     student: str
+    generator_id: str | None = Field(description="null: the method reads none.")
     preset: str
     params: dict[str, Any]
     seed: int
@@ -133,3 +137,38 @@ class CurvePoint(Answer):
     name: str
     step: int
     value: float
+
+
+class OriginView(Answer):
+    """A real image that a synthetic one is made of."""
+
+    split: Literal["support", "unlabelled"]
+    index: int = Field(description="Number of the image in its split, from 0.")
+    name: str = Field(description="As uploaded.")
+    label: str | None
+    share: float = Field(description="0 to 1; of a diffusion model's image that of the inverted latent.")
+
+
+class SampleScore(Answer):
+    label: str
+    score: float
+
+
+class SampleView(Answer):
+    """A synthetic image that a job has made."""
+
+    object: Literal["sample"]
+    id: str = Field(description="Number within the job, from 1.")
+    kind: Literal["mixup", "cutmix", "cvae", "diffusion"]
+    label: str | None = Field(description="The class it was made for; null: a mix has none.")
+    origins: list[OriginView]
+    alpha: float | None = Field(
+        description="Of a diffusion model's image: the share of new noise in its start."
+    )
+    seed: int | None = Field(description="Of a diffusion model's image: the seed of its noise.")
+    scores: list[SampleScore] = Field(
+        description="What the teacher says, the surest classes first; empty where it has not answered."
+    )
+    kept: bool | None = Field(description="Whether the student learns from it; null: not decided yet.")
+    reason: str = Field(description="Why it is not kept; else empty.")
+    urls: dict[str, str]

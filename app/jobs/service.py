@@ -77,7 +77,7 @@ def submit(
         work = ordering.plan_work(session, principal, order, choice)
         job = Job(
             id=job_id, tenant=principal.tenant, dataset_id=order.dataset_id, teacher=order.teacher_id,
-            method=choice.method.name, student=order.student, preset=order.preset,
+            method=choice.method.name, student=order.student, generator=choice.generator_id, preset=order.preset,
             params=choice.params.model_dump(mode="json"), seed=order.seed, labels=order.metadata,
             sources=work.sources, shape=plan.shape_document(work.shape), status="queued", attempt=1, percent=0.0,
             last_event=0, query_budget=order.query_budget, queries_planned=work.queries,
@@ -262,7 +262,8 @@ def _view(job: Any, stages: list[Any], clock: float) -> JobView:
         urls["student"] = f"/v1/students/{job.student_id}"
     return JobView(
         object="job", id=job.id, status=job.status, attempt=job.attempt, dataset_id=job.dataset_id,
-        teacher_id=job.teacher, method=job.method, student=job.student, preset=job.preset, params=job.params,
+        teacher_id=job.teacher, method=job.method, student=job.student, generator_id=job.generator,
+        preset=job.preset, params=job.params,
         seed=job.seed, progress=_progress(job, stages, clock), stages=[_stage_view(stage) for stage in stages],
         error=JobErrorView(**job.error) if job.error else None, student_id=job.student_id, metadata=job.labels,
         urls=urls, created_at=job.created_at, started_at=job.started_at,

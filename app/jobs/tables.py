@@ -19,6 +19,7 @@ class Job(Base):
     teacher: Mapped[str]
     method: Mapped[str]
     student: Mapped[str]
+    generator: Mapped[str | None]  # None: the method reads none
     preset: Mapped[str]
     params: Mapped[dict[str, Any]]
     seed: Mapped[int]
@@ -171,5 +172,7 @@ class Worker(Base):
     device: Mapped[str]
     #: Teacher -> [available, reason] as the worker sees it; None until it has looked.
     teachers: Mapped[dict[str, Any] | None] = mapped_column(sa.JSON(none_as_null=True))
+    #: The same of generators.
+    generators: Mapped[dict[str, Any] | None] = mapped_column(sa.JSON(none_as_null=True))
     started_at: Mapped[float] = mapped_column(default=now())
     seen_at: Mapped[float] = mapped_column(default=now())

@@ -11,6 +11,7 @@ import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 FILE_NAME = "images.zip"
 _EPOCH = (1980, 1, 1, 0, 0, 0)
@@ -40,7 +41,8 @@ def write(path: Path, index: ArchiveIndex, contents: Iterable[bytes]) -> None:
             archive.writestr(zipfile.ZipInfo(image.file, _EPOCH), content)
 
 
-def read_index(path: Path) -> ArchiveIndex:
+def read_index(path: Path | BinaryIO) -> ArchiveIndex:
+    """The index of an archive: a file, or one that is open already."""
     with zipfile.ZipFile(path) as archive:
         document = json.loads(archive.read("index.json"))
     images = tuple(ArchivedImage(**image) for image in document["images"])

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from models import generators
-from models.arrays import Images, Pixels
+from models.arrays import Images
 from models.data import fewshot, images
 from models.generators import Kind
 from models.generators import null_text_inversion as null_text
@@ -150,7 +150,7 @@ def make(
     )
     size = params.size or min(diffusion.resolution, _LARGEST_SIDE)
     return Generated(
-        pixels=_pixels(diffusion, latents, size, params.batch_size),
+        pixels=images.to_pixels(images.resize(diffusion.decode_all(latents), size)),
         kind=torch.full_like(origin, Kind.DIFFUSION),
         first=first,
         second=torch.full_like(origin, -1),
@@ -207,8 +207,12 @@ def _seed(seed: int, label: int, number: int) -> int:
 
 
 def _load(context: StageContext, learnt: ClassTokens | None = None) -> Diffusion:
+    """The generator, with what a class' LoRA changes in it."""
     spec = generators.read_spec(context.folder("generator"))
-    return generators.load(spec, str(resolve_device(context.device)))
+    diffusion = generators.load(spec, str(resolve_device(context.device)))
+    if learnt is not None and learnt.lora:
+        textual.apply_adapter(diffusion, learnt.lora)
+    return diffusion
 
 
 def _supports(context: StageContext, diffusion: Diffusion) -> tuple[Images, Tensor, str]:
@@ -216,11 +220,6 @@ def _supports(context: StageContext, diffusion: Diffusion) -> tuple[Images, Tens
     split = fewshot.load(context.folder("support"), diffusion.resolution)
     index = (split.labels == context.shard).nonzero()[:, 0]
     return split.pixels[index].float() / 255, index, split.classes[context.shard]
-
-
-def _pixels(diffusion: Diffusion, latents: Tensor, size: int, batch_size: int) -> Pixels:
-    parts = torch.split(latents, batch_size)
-    return torch.cat([images.to_pixels(images.resize(diffusion.decode(part), size)).cpu() for part in parts])
 
 
 def _joined(parts: list[Generated]) -> Generated:
