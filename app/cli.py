@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -14,7 +13,10 @@ from app import console
 from app.client import ClientError, Dram, Job
 from app.connect import HERE, AsJson, HomeFolder, Key, Url, any_service, service
 from app.embedded import EmbeddedError
+from app.evaluate_command import evaluate
 from app.home import Home
+from app.order_options import DEFAULT_STUDENT, Param, Preset, Seed, Student, nested_params
+from app.sample_command import samples
 from app.teacher_commands import every_teacher, teachers
 
 cli = typer.Typer(
@@ -25,22 +27,18 @@ cli = typer.Typer(
 )
 
 cli.add_typer(teachers, name="teachers")
-
-#: What `dram distill` makes unless told otherwise.
-DEFAULT_STUDENT = "mobilenetv4_conv_small_050"
+cli.command()(evaluate)
+cli.command()(samples)
 
 Teacher = Annotated[str | None, typer.Option(help="Who teaches; `dram teachers` lists them.")]
-Student = Annotated[str, typer.Option(help="What learns; `dram architectures` lists them.")]
 Method = Annotated[
     str | None,
     typer.Option(help="How; `dram methods` lists them. Left out: kd, or fsbbt with a black box of your own."),
 ]
-Preset = Annotated[str, typer.Option(help="How much time to spend: draft, balanced or best.")]
-Param = Annotated[
-    list[str] | None,
-    typer.Option("--param", metavar="GROUP.NAME=VALUE", help="A parameter of the method; may be repeated."),
+Generator = Annotated[
+    str | None,
+    typer.Option(help="What makes images, for tint; `dram generators` lists them. Left out: embedded."),
 ]
-Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Precision = Annotated[str, typer.Option(help="fp32, or int8 for a quantised file beside it.")]
 QueryBudget = Annotated[
     int | None, typer.Option(min=0, help="Most questions that a black-box teacher may be asked.")
@@ -125,6 +123,27 @@ def architectures(url: Url = None, key: Key = None, home: HomeFolder = HERE, as_
 
 
 @cli.command()
+def generators(url: Url = None, key: Key = None, home: HomeFolder = HERE, as_json: AsJson = False) -> None:
+    """List what can make images, for the methods that need it."""
+    with service(url, key, Home(home)) as dram:
+        listed = [item.model_dump() for item in dram.generators().data]
+    if as_json:
+        console.print_json(listed)
+        return
+    rows = [
+        (
+            row["id"],
+            row.get("resolution"),
+            "yes" if row["available"] else "no",
+            row.get("licence"),
+            row["reason"],
+        )
+        for row in listed
+    ]
+    console.table(("generator", "pixels", "available", "licence", "reason"), rows)
+
+
+@cli.command()
 def upload(
     source: Annotated[
         Path, typer.Argument(metavar="FOLDER|ZIP", help="One folder of images for each class.")
@@ -150,6 +169,7 @@ def submit(
     teacher: Teacher = None,
     student: Student = DEFAULT_STUDENT,
     method: Method = None,
+    generator: Generator = None,
     preset: Preset = "balanced",
     param: Param = None,
     seed: Seed = 0,
@@ -162,11 +182,12 @@ def submit(
     as_json: AsJson = False,
 ) -> None:
     """Order a student from a data set."""
-    params = _params(param)
+    params = nested_params(param)
     with service(url, key, Home(home)) as dram:
         job = dram.jobs.create(
             dataset_id=dataset, teacher_id=teacher or _first_teacher(dram), method=method or _usual(teacher),
-            student=student, preset=preset, params=params, seed=seed, precision=precision, query_budget=query_budget,
+            student=student, generator_id=generator, preset=preset, params=params, seed=seed, precision=precision,
+            query_budget=query_budget,
         )  # fmt: skip
         if as_json:
             console.print_json(job.model_dump(mode="json"))
@@ -267,6 +288,7 @@ def distill(
     teacher: Teacher = None,
     student: Student = DEFAULT_STUDENT,
     method: Method = None,
+    generator: Generator = None,
     preset: Preset = "balanced",
     param: Param = None,
     seed: Seed = 0,
@@ -277,7 +299,7 @@ def distill(
     home: HomeFolder = HERE,
 ) -> None:
     """From images to a student in one step; starts a service for the time if none runs."""
-    params = _params(param)
+    params = nested_params(param)
     _check_target(out)
     if not folder.exists():
         raise FileNotFoundError(f"there is no folder or zip '{folder}'")
@@ -286,7 +308,8 @@ def distill(
         console.dataset(made)
         job = dram.jobs.create(
             dataset_id=made.id, teacher_id=teacher or _first_teacher(dram), method=method or _usual(teacher),
-            student=student, preset=preset, params=params, seed=seed, precision=precision, query_budget=query_budget,
+            student=student, generator_id=generator, preset=preset, params=params, seed=seed, precision=precision,
+            query_budget=query_budget,
         )  # fmt: skip
         done = _watch(dram, job.id)
         assert done.student_id is not None
@@ -357,22 +380,6 @@ def _first_teacher(dram: Dram) -> str:
 def _usual(teacher: str | None) -> str:
     """The method that needs no more than this teacher offers."""
     return "fsbbt" if (teacher or "").startswith("tch_") else "kd"
-
-
-def _params(given: list[str] | None) -> dict[str, Any]:
-    """`distillation.steps=100` and the like as nested values; what is no JSON is taken as text."""
-    params: dict[str, Any] = {}
-    for item in given or []:
-        path, sign, text = item.partition("=")
-        group, dot, name = path.partition(".")
-        if not (sign and dot and group and name):
-            raise typer.BadParameter(f"'{item}' should read GROUP.NAME=VALUE, such as distillation.steps=600")
-        try:
-            value = json.loads(text)
-        except ValueError:
-            value = text
-        params.setdefault(group, {})[name] = value
-    return params
 
 
 if __name__ == "__main__":
