@@ -24,7 +24,8 @@ from models.methods import METHODS
 from models.pipeline import JobShape, Method, Params
 
 if TYPE_CHECKING:
-    from models.evaluation.episodes import Answered, Evaluation, Plan, Pool, Setting
+    from models.evaluation.episode_draws import Pool
+    from models.evaluation.episodes import Answered, Evaluation, Plan, Setting
 
 _POINTS = 100.0  # accuracy is told in percentage points
 #: Numbers of queries that differ by less than this factor are about as good.
@@ -73,11 +74,12 @@ def evaluate(
     """
     if (episode_cost is None) != (query_cost is None):
         raise typer.BadParameter("--episode-cost and --query-cost are in one unit: give both, or neither")
-    from models.evaluation import episodes as few_shot  # noqa: PLC0415 - it loads torch
+    from models.evaluation import episode_draws  # noqa: PLC0415 - it loads torch
+    from models.evaluation import episodes as few_shot  # noqa: PLC0415
 
     try:
-        pool = few_shot.read_pool(folder)
-        few_shot.check(pool, ways, shots, queries)
+        pool = episode_draws.read_pool(folder)
+        episode_draws.check(pool, ways, shots, queries)
         chosen = _method(method)
         setting = few_shot.Setting(
             ways=ways,

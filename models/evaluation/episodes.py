@@ -1,9 +1,7 @@
-"""N-way K-shot episodes over a folder of images: draw, train, count right answers, plan what to do next.
+"""Few-shot accuracy over episodes: make a student for each, count its right answers, plan what to do next.
 
-An episode is a small classification task: N classes of the folder, K labelled images (supports) of each, and Q
-other images of these classes (queries) that the student trained on the supports has to name. The draw depends on the
-seed and the episode's number only, so two methods, or two students, are measured on the same episodes; more queries
-keep the earlier ones and the supports, so students that were trained for fewer queries only answer the new ones.
+Each query asks the student that was trained on the episode's supports for an image's class. What has been run stays in
+a folder: students that were made for fewer queries only answer the new ones.
 """
 
 from __future__ import annotations
@@ -18,46 +16,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from models import generators, local, students
 from models.data import fewshot, images
 from models.errors import DataError
 from models.evaluation import variance_components
+from models.evaluation.episode_draws import FEWEST_QUERIES, Episode, Pool, check, draw
 from models.evaluation.variance_components import EpisodicAccuracy
 from models.generators import GeneratorSpec
 from models.pipeline import Params, digest
-from models.runtime import generator, resolve_device
+from models.runtime import resolve_device
 from models.teachers import AnyTeacher
 from models.training.cross_validation import predict
 
 SCHEMA_VERSION = 1
-#: Fewest queries of each class: from a single one the flips within a class cannot be told from the class.
-FEWEST_QUERIES = 2
-
-
-@dataclass(frozen=True)
-class Pool:
-    """What episodes are drawn from: image files by class.
-
-    Queries come from `test/`, where the folder has one, else from the class folders, less the supports.
-    `unlabelled` images are given to every episode.
-    """
-
-    root: Path
-    supports: Mapping[str, tuple[Path, ...]]
-    queries: Mapping[str, tuple[Path, ...]] | None
-    unlabelled: tuple[Path, ...]
-
-    def queries_left(self, name: str, shots: int) -> int:
-        """How many images of a class can be asked about after `shots` have been drawn from it."""
-        if self.queries is not None:
-            return len(self.queries[name])
-        return len(self.supports[name]) - shots
-
-    def most_queries(self, ways: int, shots: int) -> int:
-        """The largest Q that any `ways` of the classes can give."""
-        return ways * min(self.queries_left(name, shots) for name in self.supports)
 
 
 @dataclass(frozen=True)
@@ -75,21 +47,6 @@ class Setting:
     params: Params
     seed: int = 0
     generator: GeneratorSpec | None = None
-
-
-@dataclass(frozen=True)
-class Episode:
-    """One draw. Query q is of class `classes[q % N]`, so any first part of the queries is balanced."""
-
-    number: int
-    classes: tuple[str, ...]  # in the order of their draw
-    supports: tuple[Path, ...]  # K of the first class, then K of the second, ...
-    queries: tuple[Path, ...]
-
-    @property
-    def seed(self) -> int:
-        """Of the episode's training: it differs, too, so that the interval covers the luck of training."""
-        return self.number
 
 
 @dataclass(frozen=True)
@@ -152,71 +109,6 @@ class Evaluation:
     accuracy: EpisodicAccuracy
     costs: Costs
     plan: Plan | None  # None: nothing can be planned from episodes that do not differ, or from one
-
-
-def read_pool(root: Path) -> Pool:
-    """The images below `root`: class folders, with optional `test/` (class folders) and `unlabelled/`."""
-    if not root.is_dir():
-        raise DataError(f"there is no folder '{root}'", "Name a folder with one folder of images a class.")
-    names = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-    classes = [name for name in names if name not in ("test", "unlabelled")]
-    return Pool(
-        root,
-        {name: _files(root / name) for name in classes},
-        {name: _files(root / "test" / name) for name in classes} if "test" in names else None,
-        _files(root / "unlabelled"),
-    )
-
-
-def check(pool: Pool, ways: int, shots: int, queries: int) -> None:
-    """Raise `DataError` unless every episode of that shape can be drawn."""
-    if ways < 2 or shots < 1:
-        raise DataError(
-            f"{ways}-way {shots}-shot is no task: it takes 2 classes and 1 labelled image of each"
-        )
-    if queries < FEWEST_QUERIES * ways:
-        raise DataError(
-            f"{queries} queries are too few for {ways} classes",
-            f"Ask {FEWEST_QUERIES} of each class at least: {FEWEST_QUERIES * ways} queries.",
-        )
-    if len(pool.supports) < ways:
-        raise DataError(
-            f"'{pool.root}' has {len(pool.supports)} class folders; {ways}-way episodes need {ways}",
-            "Ask for fewer ways, or add classes.",
-        )
-    each = -(-queries // ways)
-    for name, files in pool.supports.items():
-        if len(files) < shots:
-            raise DataError(f"class '{name}' has {len(files)} images; {shots} are to be drawn", _MEND)
-        if pool.queries_left(name, shots) < each:
-            raise DataError(
-                f"class '{name}' has {pool.queries_left(name, shots)} images"
-                f"{' in test/' if pool.queries is not None else f' beside its {shots} supports'};"
-                f" {queries} queries need {each} of each class",
-                _MEND,
-            )
-
-
-_MEND = "Ask for fewer shots or queries, add images to the class, or remove it."
-
-
-def draw(pool: Pool, ways: int, shots: int, queries: int, seed: int, number: int) -> Episode:
-    """Episode `number` of a seed; no image is both support and query, and none is asked about twice."""
-    names = tuple(pool.supports)
-    order = torch.randperm(len(names), generator=generator(seed, "episode", number))
-    classes = tuple(names[at] for at in order[:ways].tolist())
-    supports: list[Path] = []
-    asked: list[list[Path]] = []
-    for name in classes:
-        files = _shuffled(pool.supports[name], seed, number, "supports", name)
-        supports += files[:shots]
-        asked.append(
-            files[shots:]
-            if pool.queries is None
-            else _shuffled(pool.queries[name], seed, number, "queries", name)
-        )
-    in_turn = tuple(asked[place % ways][place // ways] for place in range(queries))
-    return Episode(number, classes, tuple(supports), in_turn)
 
 
 def evaluate(
@@ -295,7 +187,7 @@ def run(
         setting.student,
         work,
         params=setting.params,
-        seed=setting.seed + episode.seed,
+        seed=setting.seed + episode.number,  # the interval is to cover the luck of training, too
         device=device,
         wanted=["trained_student"],
         progress=progress,
@@ -427,15 +319,5 @@ def _rounded(queries: float, ways: int, most: int) -> int:
     return min(max(FEWEST_QUERIES * ways, math.ceil(queries / ways) * ways), most)
 
 
-def _shuffled(files: Sequence[Path], seed: int, number: int, *path: str) -> list[Path]:
-    order = torch.randperm(len(files), generator=generator(seed, "episode", number, *path))
-    return [files[at] for at in order.tolist()]
-
-
 def _names(pool: Pool, files: Sequence[Path]) -> tuple[str, ...]:
     return tuple(path.relative_to(pool.root).as_posix() for path in files)
-
-
-def _files(folder: Path) -> tuple[Path, ...]:
-    found = (path for path in folder.rglob("*") if path.suffix.lower() in fewshot.IMAGE_SUFFIXES)
-    return tuple(sorted(found)) if folder.is_dir() else ()

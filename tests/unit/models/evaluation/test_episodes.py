@@ -15,7 +15,7 @@ from PIL import Image
 from models import local, students
 from models.data import archive
 from models.errors import DataError
-from models.evaluation import episodes, variance_components
+from models.evaluation import episode_draws, episodes, variance_components
 from models.evaluation.episodes import Answered, Costs, Setting
 from models.evaluation.variance_components import Components, EpisodicAccuracy
 from models.methods import METHODS
@@ -43,8 +43,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pool(folder: Path) -> episodes.Pool:
-    return episodes.read_pool(folder)
+def pool(folder: Path) -> episode_draws.Pool:
+    return episode_draws.read_pool(folder)
 
 
 @pytest.fixture(scope="module")
@@ -54,15 +54,15 @@ def setting() -> Setting:
 
 
 def test_a_draw_depends_on_seed_and_number_only(pool):
-    first = episodes.draw(pool, 3, 2, 9, seed=1, number=4)
-    assert episodes.draw(pool, 3, 2, 9, seed=1, number=4) == first
-    assert episodes.draw(pool, 3, 2, 9, seed=1, number=5).supports != first.supports
-    assert episodes.draw(pool, 3, 2, 9, seed=2, number=4).supports != first.supports
+    first = episode_draws.draw(pool, 3, 2, 9, seed=1, number=4)
+    assert episode_draws.draw(pool, 3, 2, 9, seed=1, number=4) == first
+    assert episode_draws.draw(pool, 3, 2, 9, seed=1, number=5).supports != first.supports
+    assert episode_draws.draw(pool, 3, 2, 9, seed=2, number=4).supports != first.supports
 
 
 def test_supports_and_queries_share_no_image_and_have_the_classes_in_turn(pool):
     for number in range(50):
-        drawn = episodes.draw(pool, 3, 2, 11, seed=0, number=number)
+        drawn = episode_draws.draw(pool, 3, 2, 11, seed=0, number=number)
         assert len(set(drawn.classes)) == 3
         assert len({*drawn.supports, *drawn.queries}) == 3 * 2 + 11
         assert [path.parent.name for path in drawn.supports] == [
@@ -76,7 +76,7 @@ def test_every_class_and_image_is_drawn_alike(pool):
     classes: Counter[str] = Counter()
     supports: Counter[Path] = Counter()
     for number in range(1200):
-        drawn = episodes.draw(pool, 2, 2, 4, seed=0, number=number)
+        drawn = episode_draws.draw(pool, 2, 2, 4, seed=0, number=number)
         classes.update(drawn.classes)
         supports.update(drawn.supports)
     assert all(abs(count - 600) < 80 for count in classes.values())
@@ -85,8 +85,8 @@ def test_every_class_and_image_is_drawn_alike(pool):
 
 
 def test_more_queries_keep_the_supports_and_the_queries_so_far(pool):
-    few = episodes.draw(pool, 2, 3, 5, seed=0, number=0)
-    many = episodes.draw(pool, 2, 3, 12, seed=0, number=0)
+    few = episode_draws.draw(pool, 2, 3, 5, seed=0, number=0)
+    many = episode_draws.draw(pool, 2, 3, 12, seed=0, number=0)
     assert (many.supports, many.queries[:5]) == (few.supports, few.queries)
 
 
@@ -96,8 +96,8 @@ def test_queries_come_from_test_where_there_is_one(tmp_path):
         fill(tmp_path / name, (9, 9, 9), 2, random)
         fill(tmp_path / "test" / name, (9, 9, 9), 4, random)
     fill(tmp_path / "unlabelled", (9, 9, 9), 3, random)
-    pool = episodes.read_pool(tmp_path)
-    drawn = episodes.draw(pool, 2, 2, 8, seed=0, number=0)
+    pool = episode_draws.read_pool(tmp_path)
+    drawn = episode_draws.draw(pool, 2, 2, 8, seed=0, number=0)
     assert {path.parent.parent.name for path in drawn.queries} == {"test"}
     assert sorted(pool.supports) == ["a", "b"]
     assert (len(pool.unlabelled), pool.most_queries(2, 2)) == (3, 8)
@@ -115,12 +115,12 @@ def test_queries_come_from_test_where_there_is_one(tmp_path):
 )
 def test_what_cannot_be_drawn_is_refused_before_anything_runs(pool, ways, shots, queries, words):
     with pytest.raises(DataError, match=words):
-        episodes.check(pool, ways, shots, queries)
+        episode_draws.check(pool, ways, shots, queries)
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path):
     with pytest.raises(DataError, match="nowhere"):
-        episodes.read_pool(tmp_path / "nowhere")
+        episode_draws.read_pool(tmp_path / "nowhere")
 
 
 class Halt(Exception):
@@ -175,7 +175,7 @@ def test_a_stopped_run_goes_on_and_more_queries_train_no_student(pool, setting, 
 
 def _answers_are_the_students(pool, setting, answered, work):
     """The student, found again by its supports, asked one image at a time, prepared here by hand."""
-    drawn = episodes.draw(pool, 2, 3, 10, setting.seed, 1)
+    drawn = episode_draws.draw(pool, 2, 3, 10, setting.seed, 1)
     split = next(
         path for path in (work / "splits").iterdir() if _names_in(path / "support") == list(answered.supports)
     )
