@@ -14,6 +14,7 @@
 from app.client.answers import (
     Architecture,
     Dataset,
+    Generator,
     Job,
     JobEvent,
     Method,
@@ -21,6 +22,7 @@ from app.client.answers import (
     Page,
     Prediction,
     Probe,
+    Sample,
     Student,
     Teacher,
 )
@@ -42,6 +44,7 @@ __all__ = [
     "Dataset",
     "Dram",
     "DramApiError",
+    "Generator",
     "Job",
     "JobEvent",
     "JobTimeoutError",
@@ -50,6 +53,7 @@ __all__ = [
     "Page",
     "Prediction",
     "Probe",
+    "Sample",
     "Student",
     "Teacher",
     "UnreachableError",

@@ -77,6 +77,7 @@ class Job(Answer):
     teacher_id: str
     method: str
     student: str
+    generator_id: str | None = None
     attempt: int = 1
     progress: Progress = Progress()
     stages: list[Stage] = []
@@ -111,6 +112,35 @@ class Metric(Answer):
     value: float
 
 
+class Score(Answer):
+    label: str
+    score: float
+
+
+class Origin(Answer):
+    """A real image that a synthetic one is made of."""
+
+    split: str
+    index: int
+    name: str
+    label: str | None = None
+    share: float = 0.0
+
+
+class Sample(Answer):
+    """A synthetic image that a job has made. `kept`: whether the student learns from it; None: not decided yet."""
+
+    id: str
+    kind: str
+    label: str | None = None
+    origins: list[Origin] = []
+    alpha: float | None = None
+    seed: int | None = None
+    scores: list[Score] = []
+    kept: bool | None = None
+    reason: str = ""
+
+
 class Student(Answer):
     id: str
     job_id: str
@@ -119,11 +149,6 @@ class Student(Answer):
     architecture: str
     classes: list[Any]
     summary: dict[str, Any] = {}
-
-
-class Score(Answer):
-    label: str
-    score: float
 
 
 class Prediction(Answer):
@@ -171,3 +196,12 @@ class Method(Answer):
 
 class Architecture(Answer):
     id: str
+
+
+class Generator(Answer):
+    """A text-to-image model that methods such as tint make images with."""
+
+    id: str
+    title: str = ""
+    available: bool = True
+    reason: str = ""

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Generator, Mapping
+from collections.abc import Generator as Steps
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -20,6 +21,7 @@ from app.client.answers import (
     Answer,
     Architecture,
     Dataset,
+    Generator,
     Job,
     JobEvent,
     Method,
@@ -27,6 +29,7 @@ from app.client.answers import (
     Page,
     Prediction,
     Probe,
+    Sample,
     Student,
     Teacher,
 )
@@ -59,7 +62,7 @@ class Call:
 
 Result = TypeVar("Result")
 Item = TypeVar("Item", bound=Answer)
-Flow = Generator[Call, httpx.Response, Result]
+Flow = Steps[Call, httpx.Response, Result]
 
 
 def _get(path: str, answer: type[Item]) -> Flow[Item]:
@@ -154,6 +157,10 @@ def list_architectures() -> Flow[Page[Architecture]]:
     return _list("/v1/architectures", Architecture, None, None)
 
 
+def list_generators() -> Flow[Page[Generator]]:
+    return _list("/v1/generators", Generator, None, None)
+
+
 def create_job(order: Mapping[str, Any], idempotency_key: str | None) -> Flow[Job]:
     """The key makes the request safe to repeat: the service makes one job of it."""
     response = yield Call(
@@ -220,6 +227,16 @@ def list_events(job_id: str, limit: int | None, after: int | None) -> Flow[Page[
 
 def job_metrics(job_id: str) -> Flow[Page[Metric]]:
     return _list(f"/v1/jobs/{job_id}/metrics", Metric, None, None)
+
+
+def list_samples(job_id: str, limit: int | None, after: int | None) -> Flow[Page[Sample]]:
+    return _list(f"/v1/jobs/{job_id}/samples", Sample, limit, after)
+
+
+def sample_image(job_id: str, sample_id: str, size: int | None) -> Flow[bytes]:
+    path = f"/v1/jobs/{job_id}/samples/{sample_id}/image"
+    response = yield Call("GET", path, query=_given({"size": size}), repeatable=True)
+    return response.content
 
 
 def get_student(student_id: str) -> Flow[Student]:

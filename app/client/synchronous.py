@@ -15,6 +15,7 @@ from app.client.answers import (
     Answer,
     Architecture,
     Dataset,
+    Generator,
     Job,
     JobEvent,
     Method,
@@ -22,6 +23,7 @@ from app.client.answers import (
     Page,
     Prediction,
     Probe,
+    Sample,
     Student,
     Teacher,
 )
@@ -72,6 +74,9 @@ class Dram:
 
     def architectures(self) -> Page[Architecture]:
         return self.run(calls.list_architectures())
+
+    def generators(self) -> Page[Generator]:
+        return self.run(calls.list_generators())
 
     def ready(self) -> dict[str, Any]:
         return self.run(calls.ready())
@@ -263,6 +268,7 @@ class Jobs:
         dataset_id: str,
         teacher_id: str,
         student: str,
+        generator_id: str | None = None,
         method: str | None = None,
         preset: str | None = None,
         params: dict[str, Any] | None = None,
@@ -279,6 +285,7 @@ class Jobs:
             "teacher_id": teacher_id,
             "method": method,
             "student": student,
+            "generator_id": generator_id,
             "preset": preset,
             "params": params,
             "seed": seed,
@@ -320,6 +327,14 @@ class Jobs:
 
     def metrics(self, job_id: str) -> Page[Metric]:
         return self._dram.run(calls.job_metrics(job_id))
+
+    def samples(self, job_id: str, *, limit: int | None = None, after: int | None = None) -> Page[Sample]:
+        """The synthetic images so far, in the order they are numbered."""
+        return self._dram.run(calls.list_samples(job_id, limit, after))
+
+    def sample_image(self, job_id: str, sample_id: str, *, size: int | None = None) -> bytes:
+        """One of them as PNG, its longer side at most `size` pixels."""
+        return self._dram.run(calls.sample_image(job_id, sample_id, size))
 
 
 class Students:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import io
+import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import numpy as np
@@ -15,16 +18,20 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from app import ids
+from app.client import Dram
 from app.datasets.tables import Dataset
 from app.jobs.tables import Job, JobStage, Shard, StageOutput
 from app.wiring import Wiring
 from models import local
 from models.data import archive
-from models.generators import GeneratorSpec, Kind, shards
+from models.generators import GENERATORS, GeneratorSpec, Kind, shards
 from models.methods import METHODS
 from models.methods.tint import Verdict
 from models.teachers import labelling
 from tests import tiny_diffusion
+
+if TYPE_CHECKING:
+    from tests.conftest import Gateway
 
 pytestmark = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 
@@ -273,3 +280,38 @@ def test_a_job_that_makes_no_images_has_no_samples(
         "data": [],
         "has_more": False,
     }
+
+
+def test_the_command_line_writes_the_images_and_what_they_are(
+    gateway: Gateway, plant: Plant, generated: local.LocalRun, tmp_path: Path
+) -> None:
+    job = plant(generated, "tint")
+    command = [sys.executable, "-m", "app.cli", "samples", job, "--out", str(tmp_path / "seen")]
+    ran = subprocess.run(
+        [*command, "--limit", "9", "--url", gateway.url, "--key", gateway.key],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    described = json.loads((tmp_path / "seen" / "samples.json").read_text())
+    assert len(described) == 9
+    kept = sum(entry["kept"] for entry in described)
+    assert f"9 images: {kept} kept, {9 - kept} not" in ran.stderr
+    stored = shards.pixels_at(generated.folders["synthetic"], torch.arange(9)).permute(0, 2, 3, 1).numpy()
+    for number, entry in enumerate(described):
+        with Image.open(tmp_path / "seen" / entry["file"]) as picture:
+            assert np.array_equal(np.asarray(picture), stored[number])
+        assert ("kept" in entry["file"]) is entry["kept"]
+
+
+def test_the_client_reads_samples_and_generators(
+    gateway: Gateway, plant: Plant, generated: local.LocalRun
+) -> None:
+    job = plant(generated, "tint")
+    with Dram(gateway.url, gateway.key) as dram:
+        page = dram.jobs.samples(job, limit=1, after=2)
+        (sample,) = page.data
+        assert (sample.id, sample.kind, page.has_more) == ("3", "diffusion", True)
+        assert sample.origins[0].label == sample.label == "green"
+        with Image.open(io.BytesIO(dram.jobs.sample_image(job, sample.id, size=20))) as picture:
+            assert picture.size == (20, 20)
+        assert [generator.id for generator in dram.generators().data] == list(GENERATORS)
