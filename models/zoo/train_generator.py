@@ -1,0 +1,273 @@
+"""Train the embedded generator: a small text-to-image latent diffusion model in Stable Diffusion's format.
+
+    python -m models.zoo.train_generator --data cifar10/train --out models/zoo/generator --work .dram/generator
+
+`--data` is a folder of class folders whose names are the words of the prompts; it may be given several times. First the
+VAE is trained, then UNet and text encoder together. The state lies in `--work`: a run that was stopped goes on from
+there when the same command is given again. `--minutes` stops by itself, with a checkpoint and exit status 75.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from models import runtime
+from models.errors import DataError, ModelsError
+from models.generators import diffusion
+from models.local import FolderCheckpoints
+from models.pipeline import Report, digest
+from models.zoo import architecture, autoencoder, denoiser, pictures, release
+from models.zoo.architecture import Budget
+from models.zoo.pictures import Pictures
+from models.zoo.words import build_tokenizer
+
+BUDGETS = {
+    # Two CPU cores for two hours; most of the computing at 4 x 4.
+    "cpu": Budget(
+        widths=(64, 192),
+        attention=(False, True),
+        layers=1,
+        vae_widths=(16, 32, 64),
+        steps=12_000,
+        batch_size=128,
+        vae_steps=4_000,
+        vae_batch_size=64,
+    ),
+    # One large GPU for half an hour; as many parameters as 40 MB hold.
+    "gpu": Budget(
+        widths=(96, 224),
+        attention=(False, True),
+        layers=2,
+        vae_widths=(32, 64, 96),
+        steps=20_000,
+        batch_size=1024,
+        vae_steps=8_000,
+        vae_batch_size=256,
+    ),
+    # Seconds, to try the command; its images show nothing.
+    "toy": Budget(
+        widths=(16, 32),
+        attention=(False, True),
+        layers=1,
+        vae_widths=(16, 16, 16),
+        steps=20,
+        batch_size=16,
+        vae_steps=20,
+        vae_batch_size=16,
+        text_width=32,
+        text_layers=1,
+        lr=4e-3,
+        vae_lr=6e-3,
+    ),
+}
+_LICENCE = "apache-2.0"
+_SAMPLES_EACH = 10
+_PAUSED = 75  # EX_TEMPFAIL: try again
+_REPORT_SECONDS = 30.0
+_PSNR_IMAGES = 1000
+
+
+class PausedError(Exception):
+    """The time is up, and the state is kept."""
+
+
+@dataclass
+class Pausing(FolderCheckpoints):
+    """Keeps checkpoints, and stops the training with `PausedError` at the first one after `deadline` (monotonic)."""
+
+    deadline: float = field(kw_only=True)
+
+    def due(self) -> bool:
+        return time.monotonic() >= self.deadline or super().due()
+
+    def save(self, step: int, write: Callable[[Path], None]) -> None:
+        super().save(step, write)
+        if time.monotonic() >= self.deadline:
+            raise PausedError(f"stopped after step {step}")
+
+
+def train(
+    data: Sequence[Path],
+    out: Path,
+    work: Path,
+    budget: Budget,
+    *,
+    seed: int = 0,
+    device: str = "auto",
+    deadline: float = float("inf"),
+    say: Callable[[str], None] = print,
+) -> None:
+    """Train all parts and write them to `out`, with `samples.png` and the model card `README.md`.
+
+    `work` holds checkpoints, and the parts that are ready. Raises `PausedError` at `deadline` (monotonic seconds),
+    `DataError` where the images cannot be used, or `work` belongs to another run.
+    """
+    place = runtime.resolve_device(device)
+    shown = pictures.read(data, architecture.RESOLUTION)
+    tokenizer = build_tokenizer(shown.classes)
+    _claim(work, {"budget": asdict(budget), "seed": seed, "counts": shown.counts.tolist()})
+    say(f"{len(shown.pixels):,} images in {len(shown.classes)} classes, on {place}")
+    vae, latents = _autoencoder(shown, work, budget, seed, place, deadline, say)
+    network, history = denoiser.train(
+        budget,
+        latents,
+        shown.counts,
+        shown.classes,
+        tokenizer,
+        seed=seed,
+        device=place,
+        report=_reporter("UNet and text encoder", say),
+        checkpoints=Pausing(work / "denoiser", deadline=deadline),
+    )
+    parts = {"vae": vae, "unet": network.unet, "text_encoder": network.text_encoder}
+    quality = autoencoder.round_trip_psnr(vae, _some(shown.pixels, _PSNR_IMAGES, seed))
+    training = {
+        "VAE": f"{budget.vae_steps:,} steps of {budget.vae_batch_size} images; "
+        f"{quality:.1f} dB PSNR on images it was trained on",
+        "UNet and text encoder": f"{budget.steps:,} steps of {budget.batch_size} images; "
+        f"weighted squared error {_recent(history):.4f} at the end",
+    }
+    sizes = {name: architecture.parameters(part) for name, part in parts.items()}
+    release.write_checkpoint(out, vae, network.unet, network.text_encoder, tokenizer)
+    (out / "README.md").write_text(release.model_card(shown, data, sizes, training, _LICENCE))
+    loaded = diffusion.load(out, place)  # what everyone will use: the samples are of the written weights
+    release.sample_page(loaded, shown.classes, _SAMPLES_EACH, seed).save(out / "samples.png", optimize=True)
+    say(f"written to {out}")
+
+
+def _autoencoder(
+    shown: Pictures,
+    work: Path,
+    budget: Budget,
+    seed: int,
+    device: torch.device,
+    deadline: float,
+    say: Callable[[str], None],
+) -> tuple[Any, Tensor]:
+    """The trained VAE, and the latents float16 [2, N, C, 8, 8] of all images and of them mirrored."""
+    ready = work / "autoencoder.safetensors"
+    if ready.is_file():
+        state = load_file(ready)
+        latents = state.pop("latents")
+        vae = architecture.vae(budget)
+        vae.load_state_dict(state)
+        return vae.to(device, memory_format=torch.channels_last).eval(), latents
+    vae, _ = autoencoder.train(
+        budget,
+        shown,
+        seed=seed,
+        device=device,
+        report=_reporter("VAE", say),
+        checkpoints=Pausing(work / "vae", deadline=deadline),
+    )
+    latents = torch.stack([autoencoder.encode(vae, shown.pixels, flipped=mirror) for mirror in (False, True)])
+    latents = latents.half().cpu().contiguous()
+    state = {name: value.cpu().contiguous() for name, value in vae.state_dict().items()}
+    save_file({**state, "latents": latents}, ready.with_suffix(".writing"))
+    ready.with_suffix(".writing").rename(ready)
+    shutil.rmtree(work / "vae", ignore_errors=True)
+    return vae, latents
+
+
+def _claim(work: Path, run: dict[str, Any]) -> None:
+    """Raises `DataError` where `work` holds the state of a run with other images or other settings."""
+    work.mkdir(parents=True, exist_ok=True)
+    mark = work / "run"
+    if not mark.is_file():
+        mark.write_text(digest(run))
+    elif mark.read_text() != digest(run):
+        raise DataError(
+            f"'{work}' holds the state of a run with other images or other settings",
+            "Name another folder with --work, or delete it.",
+        )
+
+
+def _some(pixels: Tensor, count: int, seed: int) -> Tensor:
+    return pixels[torch.randperm(len(pixels), generator=runtime.generator(seed, "some"))[:count]]
+
+
+def _recent(history: list[dict[str, float]]) -> float:
+    """Mean loss over the last tenth of the curve."""
+    last = [entry["loss"] for entry in history][-max(1, len(history) // 10) :]
+    return sum(last) / len(last)
+
+
+def _reporter(what: str, say: Callable[[str], None]) -> Report:
+    """Says where the training is every half minute, with its speed since the last time."""
+    said: tuple[float, int] | None = None
+
+    def report(step: int, total: int, **metrics: float) -> None:
+        nonlocal said
+        now = time.monotonic()
+        if said is None:
+            said = now, step
+        elif now - said[0] >= _REPORT_SECONDS or step == total:
+            speed = (step - said[1]) / (now - said[0])
+            say(f"{what}: step {step:,} of {total:,}, loss {metrics['loss']:.4f}, {speed:.2f} steps/s")
+            said = now, step
+
+    return report
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, required=True, action="append", help="folder of class folders")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
+    parser.add_argument("--work", type=Path, help="folder of the state; OUT.work if not given")
+    parser.add_argument("--budget", choices=BUDGETS, help="size and length; gpu where there is one, else cpu")
+    parser.add_argument("--steps", type=int, help="of UNet and text encoder, in place of the budget's")
+    parser.add_argument("--batch-size", type=int, help="of UNet and text encoder, in place of the budget's")
+    parser.add_argument("--vae-steps", type=int, help="of the VAE, in place of the budget's")
+    parser.add_argument(
+        "--minutes", type=float, default=float("inf"), help="stop after so long, to go on later"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda:N")
+    parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args(arguments)
+    deadline = time.monotonic() + 60 * given.minutes
+    if given.threads:
+        runtime.use_threads(given.threads)
+    runtime.use_bfloat16_on_cpu()
+    fits = "gpu" if runtime.resolve_device(given.device).type == "cuda" else "cpu"
+    wanted = {"steps": given.steps, "batch_size": given.batch_size, "vae_steps": given.vae_steps}
+    budget = replace(
+        BUDGETS[given.budget or fits], **{name: value for name, value in wanted.items() if value is not None}
+    )
+    work = given.work or given.out.with_name(f"{given.out.name}.work")
+    try:
+        train(
+            given.data,
+            given.out,
+            work,
+            budget,
+            seed=given.seed,
+            device=given.device,
+            deadline=deadline,
+            say=lambda text: print(text, flush=True),
+        )
+    except PausedError as paused:
+        print(f"{paused}; give the same command again to go on", flush=True)
+        return _PAUSED
+    except ModelsError as error:
+        print(f"{error.detail}. {error.hint}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
