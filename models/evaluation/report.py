@@ -16,7 +16,7 @@ from typing import Any
 
 import onnxruntime
 
-from models import students
+from models import generators, students
 from models.data import archive
 from models.evaluation import accuracy, compare, latency, teacher_facts
 from models.evaluation.answers import (
@@ -33,6 +33,7 @@ from models.evaluation.compare import Scores
 from models.export import onnx_graph, parity, samples, teacher_graph
 from models.pipeline import StageContext
 from models.stages import EvaluationParams
+from models.training import selection
 
 FILE_NAME = "report.json"
 SCHEMA_VERSION = 1
@@ -57,6 +58,7 @@ def run(context: StageContext, params: EvaluationParams) -> None:
         "schema_version": SCHEMA_VERSION,
         "classes": list(classes),
         "data": _data(context),
+        **_generated(context),
         "evaluation": _how(judged, labelled, context),
         "student": {
             "name": students.read_name(context.folder("student")),
@@ -176,6 +178,11 @@ def _how(judged: Answers, labelled: Answers | None, context: StageContext) -> di
         f"of a test split of the same size, as the folds share training images: it counts the {count} answers as "
         f"{effective:.0f}. Upload a test split for a measurement."
     )
+    if "generator" in context.inputs:
+        text += (
+            " What the generator learned of a class it learned from all labelled images, also from those that a fold "
+            "held back: the estimate may be somewhat too high."
+        )
     return {"kind": judged.kind, "images": count, "folds": folds, "explanation": text}
 
 
@@ -299,6 +306,17 @@ def _data(context: StageContext) -> dict[str, Any]:
         "test": context.shape.test,
         "shots": shots,
     }
+
+
+def _generated(context: StageContext) -> dict[str, Any]:
+    """Under "generator": which one made images, how many, and how many were learned from. Empty without any."""
+    if "generator" not in context.inputs:
+        return {}
+    spec = generators.read_spec(context.folder("generator"))
+    kept = selection.kept(context)
+    about = spec.model_dump(include={"name", "title", "revision", "licence", "licence_url"})
+    made = {"images": len(kept), "kept": int(kept.sum())}
+    return {"generator": {**about, "source": spec.source if spec.kind == "hub" else spec.kind, **made}}
 
 
 def _session(context: StageContext, file: str) -> onnxruntime.InferenceSession:

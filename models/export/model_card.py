@@ -216,6 +216,12 @@ def _data(report: Report, teacher: AnyTeacher) -> str:
             f"It learned what {plain(teacher.title)} answers to {learned} and to any images that were made from them;"
             " that teacher saw data of its own before"
         )
+    generator = report.get("generator")
+    if generator:
+        how += (
+            f"; and from {generator['kept']} images that {plain(generator['title'])}, a generator, made of the"
+            " labelled ones"
+        )
     return (
         f"{given}, all given by the bundle's owner; {apart}. {how}.\n\n"
         f"`golden/` holds some of {'the labelled' if shots else 'these'} images, shrunk: whoever gets this bundle"
@@ -226,6 +232,12 @@ def _data(report: Report, teacher: AnyTeacher) -> str:
 def _licences(report: Report, teacher: AnyTeacher) -> str:
     images = "The labelled images" if report["data"]["support"] else "The images"
     rest = f" {images} remain under whatever terms their owner has. `predict.py` may be used freely.\n"
+    generator = report.get("generator")
+    if generator:
+        rest = (
+            f" The generator's weights ({generator['source']}): {generator['licence']}, {generator['licence_url']};"
+            " the same holds for them, as the student learned from their images." + rest
+        )
     if isinstance(teacher, TeacherSpec):
         return (
             f"The teacher's weights ({teacher.source}): {teacher.licence}, {teacher.licence_url}. The student was"

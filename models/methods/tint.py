@@ -250,7 +250,7 @@ METHOD = Method(
         stages.EXAMINE,
         stages.TEACHER_GRAPH,
         stages.EXPORT,
-        stages.EVALUATE.given("teacher_onnx", "cross_validation"),
+        stages.EVALUATE.given("teacher_onnx", "cross_validation", "generator", "synthetic", "selection"),
         stages.BUNDLE,
     ),
     presets={

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,12 @@ def test_a_job_runs_from_images_to_a_bundle(finished: tuple[Path, local.LocalRun
     assert (run.folder("bundle") / "bundle.zip").is_file()
     assert students.load(run.folder("trained_student")).classes == CLASSES
     assert len(run.folders["class_tokens"]) == len(run.folders["inversions"]) == 3
+    report = json.loads((run.folder("report") / "report.json").read_text())
+    assert (report["generator"]["images"], report["generator"]["kept"]) == (3 * MADE, 3 * MADE)
+    assert report["generator"]["source"] == "local"
+    card = (run.folder("bundle") / "MODEL_CARD.md").read_text()
+    assert f"{3 * MADE} images that Random weights, a generator, made" in card
+    assert "generator's weights (local): Apache-2.0" in card
 
 
 def test_each_class_is_inverted_from_its_own_images(finished: tuple[Path, local.LocalRun]) -> None:

@@ -53,7 +53,9 @@ def test_the_command_line_starts_without_the_server() -> None:
 def test_help_names_every_command() -> None:
     shown = dram("--help").stdout
     names = "up migrate first-key teachers methods architectures upload submit watch jobs cancel retry download predict"
-    assert [name for name in (*names.split(), "distill", "evaluate") if name not in shown] == []
+    assert [
+        name for name in (*names.split(), "distill", "evaluate", "samples", "generators") if name not in shown
+    ] == []
 
 
 def test_no_service_is_an_error_that_says_what_to_do() -> None:
