@@ -10,6 +10,7 @@ there when the same command is given again. `--minutes` stops by itself, with a 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import shutil
 import sys
 import time
@@ -23,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from models import runtime
-from models.errors import DataError, ModelsError
+from models.errors import ModelsError
 from models.generators import diffusion
 from models.local import FolderCheckpoints
 from models.pipeline import Report, digest
@@ -110,15 +111,25 @@ def train(
 ) -> None:
     """Train all parts and write them to `out`, with `samples.png` and the model card `README.md`.
 
-    `work` holds checkpoints, and the parts that are ready. Raises `PausedError` at `deadline` (monotonic seconds),
-    `DataError` where the images cannot be used, or `work` belongs to another run.
+    `work` holds checkpoints, and VAEs that are ready, by what they depend on: another length of the second training
+    takes the VAE that is there. Raises `PausedError` at `deadline` (monotonic seconds), `DataError` where the images
+    cannot be used.
     """
     place = runtime.resolve_device(device)
     shown = pictures.read(data, architecture.RESOLUTION)
     tokenizer = build_tokenizer(shown.classes)
-    _claim(work, {"budget": asdict(budget), "seed": seed, "counts": shown.counts.tolist()})
+    vae_run = _vae_run(shown, budget, seed)
+    run = digest(
+        {
+            "vae": vae_run,
+            "budget": asdict(budget),
+            "classes": dict(zip(shown.classes, shown.counts.tolist(), strict=True)),
+        }
+    )
     say(f"{len(shown.pixels):,} images in {len(shown.classes)} classes, on {place}")
-    vae, latents = _autoencoder(shown, work, budget, seed, place, deadline, say)
+    vae, latents = _autoencoder(
+        shown, work / f"vae-{digest(vae_run)[:16]}", budget, seed, place, deadline, say
+    )
     network, history = denoiser.train(
         budget,
         latents,
@@ -128,7 +139,7 @@ def train(
         seed=seed,
         device=place,
         report=_reporter("UNet and text encoder", say),
-        checkpoints=Pausing(work / "denoiser", deadline=deadline),
+        checkpoints=Pausing(work / f"denoiser-{run[:16]}", deadline=deadline),
     )
     parts = {"vae": vae, "unet": network.unet, "text_encoder": network.text_encoder}
     quality = autoencoder.round_trip_psnr(vae, _some(shown.pixels, _PSNR_IMAGES, seed))
@@ -148,7 +159,7 @@ def train(
 
 def _autoencoder(
     shown: Pictures,
-    work: Path,
+    folder: Path,
     budget: Budget,
     seed: int,
     device: torch.device,
@@ -156,7 +167,7 @@ def _autoencoder(
     say: Callable[[str], None],
 ) -> tuple[Any, Tensor]:
     """The trained VAE, and the latents float16 [2, N, C, 8, 8] of all images and of them mirrored."""
-    ready = work / "autoencoder.safetensors"
+    ready = folder / "ready.safetensors"
     if ready.is_file():
         state = load_file(ready)
         latents = state.pop("latents")
@@ -169,28 +180,23 @@ def _autoencoder(
         seed=seed,
         device=device,
         report=_reporter("VAE", say),
-        checkpoints=Pausing(work / "vae", deadline=deadline),
+        checkpoints=Pausing(folder / "checkpoints", deadline=deadline),
     )
     latents = torch.stack([autoencoder.encode(vae, shown.pixels, flipped=mirror) for mirror in (False, True)])
     latents = latents.half().cpu().contiguous()
     state = {name: value.cpu().contiguous() for name, value in vae.state_dict().items()}
+    folder.mkdir(parents=True, exist_ok=True)
     save_file({**state, "latents": latents}, ready.with_suffix(".writing"))
     ready.with_suffix(".writing").rename(ready)
-    shutil.rmtree(work / "vae", ignore_errors=True)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return vae, latents
 
 
-def _claim(work: Path, run: dict[str, Any]) -> None:
-    """Raises `DataError` where `work` holds the state of a run with other images or other settings."""
-    work.mkdir(parents=True, exist_ok=True)
-    mark = work / "run"
-    if not mark.is_file():
-        mark.write_text(digest(run))
-    elif mark.read_text() != digest(run):
-        raise DataError(
-            f"'{work}' holds the state of a run with other images or other settings",
-            "Name another folder with --work, or delete it.",
-        )
+def _vae_run(shown: Pictures, budget: Budget, seed: int) -> dict[str, Any]:
+    """All that the VAE's weights depend on."""
+    settings = {name: value for name, value in asdict(budget).items() if name.startswith("vae_")}
+    settings |= {"latent_channels": budget.latent_channels, "groups": budget.groups, "seed": seed}
+    return settings | {"pixels": hashlib.sha256(shown.pixels.numpy().tobytes()).hexdigest()}
 
 
 def _some(pixels: Tensor, count: int, seed: int) -> Tensor:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from models import generators, runtime
 from models.generators import GeneratorSpec, diffusion
 from models.zoo import release, train_generator
+from models.zoo.architecture import Budget
 from models.zoo.train_generator import BUDGETS, PausedError
 
 CLASSES = ("fire_truck", "frog")
@@ -141,10 +142,13 @@ def test_the_command_says_that_it_stopped_by_its_exit_status(
     assert not (tmp_path / "out").exists()
 
 
-def test_the_state_of_another_run_is_not_gone_on_from(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = ["--data", str(data), "--out", str(tmp_path / "out"), "--budget", "toy", "--minutes", "0"]
-    assert train_generator.main(arguments) == 75
-    assert train_generator.main([*arguments, "--seed", "1"]) == 1
-    assert "holds the state of a run with other images or other settings" in capsys.readouterr().err
+def test_a_run_of_another_length_takes_the_vae_that_is_ready(data: Path, tmp_path: Path) -> None:
+    budget = replace(BUDGETS["toy"], vae_steps=2, steps=2)
+
+    def vaes_after(wanted: Budget, seed: int) -> int:
+        train_generator.train([data], tmp_path / "out", tmp_path / "work", wanted, seed=seed, device="cpu")
+        return len(list((tmp_path / "work").glob("vae-*")))
+
+    assert vaes_after(budget, seed=0) == 1
+    assert vaes_after(replace(budget, steps=3), seed=0) == 1
+    assert vaes_after(budget, seed=1) == 2
