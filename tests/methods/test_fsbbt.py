@@ -304,7 +304,11 @@ def test_a_cvae_killed_at_its_checkpoint_goes_on_to_the_same_weights(
             if step == 2:
                 raise Killed
 
-    choices = {"black_box": {"size": size}, "cvae": {"epochs": 4, "batch_size": 16}}
+    choices = {
+        "black_box": {"size": size},
+        "synthesis": {"maker": "mixup_cvae"},
+        "cvae": {"epochs": 4, "batch_size": 16},
+    }
     done = distil(unlabelled, teacher, tmp_path, "cvae", **choices)
     stage = FSBBT.stage("train_cvae")
     params = FSBBT.resolve("draft", choices).cvae  # type: ignore[attr-defined]
