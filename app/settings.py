@@ -28,7 +28,9 @@ class Settings(BaseSettings):
         "", description="fsspec URL such as s3://bucket/prefix; empty: a folder below home."
     )
     storage_options: dict[str, str] = Field({}, description="fsspec options, such as endpoint_url, as JSON.")
-    teachers_file: Path | None = Field(None, description="TOML list of the operator's own teachers and generators.")
+    teachers_file: Path | None = Field(
+        None, description="TOML list of the operator's own teachers and generators."
+    )
 
     secret_key: SecretStr = Field(
         SecretStr(""),
