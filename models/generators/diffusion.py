@@ -32,6 +32,17 @@ PLACEHOLDER = "{}"
 #: The word that a new token starts from where the wanted one is unknown.
 NEUTRAL_WORD = "object"
 
+#: DPM-Solver++(2M), Lu et al., arXiv:2211.01095, algorithm 2, at the timesteps that it is given.
+_SECOND_ORDER = {
+    "algorithm_type": "dpmsolver++",
+    "solver_order": 2,
+    "final_sigmas_type": "zero",
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "use_lu_lambdas": False,
+}
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -76,9 +87,14 @@ class Diffusion:
         positions = int(self.text_encoder.config.max_position_embeddings)
         return min(positions, int(self.tokenizer.model_max_length))
 
-    @cached_property
+    @property
     def training_timesteps(self) -> int:
-        return int(self.ddim(1).config.num_train_timesteps)
+        """How many timesteps its noise has."""
+        return int(self._forward.config.num_train_timesteps)
+
+    @cached_property
+    def _forward(self) -> Any:
+        return self._scheduler(DDIMScheduler, 1)
 
     # Images and latents
 
@@ -210,14 +226,14 @@ class Diffusion:
 
     def noised(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """Latents at `timesteps` [N] and what the network should predict there: the noise, or the velocity."""
-        scheduler = self.ddim(1)
+        scheduler = self._forward
         noisy: Tensor = scheduler.add_noise(latents, noise, timesteps)
         if scheduler.config.prediction_type == "epsilon":
             return noisy, noise
         return noisy, scheduler.get_velocity(latents, noise, timesteps)
 
     def _scheduler(self, family: Any, steps: int) -> Any:
-        scheduler = family.from_config(dict(self.schedule), **self._spacing())
+        scheduler = family.from_config(self._unclipped | {"timestep_spacing": self._spacing})
         if not 1 <= steps <= scheduler.config.num_train_timesteps:
             raise GeneratorError(
                 f"{steps} steps were asked for; 1 to {scheduler.config.num_train_timesteps} are possible"
@@ -225,13 +241,15 @@ class Diffusion:
         scheduler.set_timesteps(steps)
         return scheduler
 
-    def _spacing(self) -> dict[str, Any]:
-        """Latents are not clipped. Inversion knows the spacings leading and trailing only."""
-        spacing = self.schedule.get("timestep_spacing")
-        return {
-            "clip_sample": False,
-            "timestep_spacing": spacing if spacing == "trailing" else "leading",
-        }
+    @property
+    def _unclipped(self) -> dict[str, Any]:
+        """The configuration without what only pixels need."""
+        return {**self.schedule, "clip_sample": False, "thresholding": False}
+
+    @property
+    def _spacing(self) -> str:
+        """The checkpoint's own, as far as inversion knows it."""
+        return "trailing" if self.schedule.get("timestep_spacing") == "trailing" else "leading"
 
     # Sampling
 
@@ -272,9 +290,7 @@ class Diffusion:
         if solver == "ddim":
             scheduler = self.ddim(steps)
         else:
-            scheduler = DPMSolverMultistepScheduler.from_config(
-                dict(self.schedule), algorithm_type="dpmsolver++"
-            )
+            scheduler = DPMSolverMultistepScheduler.from_config(self._unclipped | _SECOND_ORDER)
             scheduler.set_timesteps(timesteps=times)
         nulls_at = torch.tensor(self.timesteps(unconditional.shape[1]))
         current = latents.to(self.device, torch.float32)
@@ -297,8 +313,10 @@ class Diffusion:
         return torch.lerp(without, with_, guidance)
 
 
-def load(folder: str | Path, device: str | torch.device = "cpu") -> Diffusion:
+def load(folder: str | Path, device: str | torch.device = "cpu", *, compiled: bool = False) -> Diffusion:
     """The model in a folder of diffusers' layout. One at the hub: `models.generators.load`.
+
+    `compiled`: torch.compile of the UNet's attention blocks; minutes at first use, for long work on a GPU.
 
     Raises `GeneratorError` where a part is missing, of another kind, or its weights are no floating point numbers.
     """
@@ -313,6 +331,8 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> Diffusion:
     )
     with clear_when_full("the generator's weights"):
         vae, unet, text_encoder = (part.to(place).requires_grad_(False).eval() for part in parts)
+    if compiled:
+        unet.compile_repeated_blocks(dynamic=True)
     return Diffusion(
         vae=vae.to(memory_format=torch.channels_last),
         unet=unet.to(memory_format=torch.channels_last),
