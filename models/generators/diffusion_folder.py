@@ -134,10 +134,18 @@ def _check_dtypes(part: str, path: Path) -> None:
 
 def _load(folder: Path, part: str, dtype: torch.dtype, from_pretrained: Callable[..., Any]) -> Any:
     variant = "fp16" if _weights(folder, part).name.endswith(".fp16.safetensors") else None
-    return _read(
+    network, info = _read(
         part,
-        lambda: from_pretrained(folder / part, torch_dtype=dtype, use_safetensors=True, variant=variant),
+        lambda: from_pretrained(
+            folder / part, torch_dtype=dtype, use_safetensors=True, variant=variant, output_loading_info=True
+        ),
     )
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise GeneratorError(
+            f"{part} cannot be loaded: its weights lack {len(missing)} tensors, '{missing[0]}' first", _HINT
+        )
+    return network
 
 
 def _read(part: str, load: Callable[[], Any]) -> Any:
