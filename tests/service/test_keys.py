@@ -136,7 +136,8 @@ def test_no_route_answers_a_key_without_any_scope_of_use(gateway: Gateway, tmp_p
 def test_objects_of_nobody_are_404_everywhere(client: httpx.Client, tmp_path: Path) -> None:
     for method, path in _routes(tmp_path):
         if "{" in path:
-            answer = client.request(method, path.replace("{", "x").replace("}", "x"), json=_body(path))
+            numbered = path.replace("{sample_id}", "0")  # the images of a job go by numbers
+            answer = client.request(method, numbered.replace("{", "x").replace("}", "x"), json=_body(path))
             assert answer.status_code == 404, (method, path, answer.text)
             if method != "HEAD":
                 assert answer.json()["code"].endswith("not_found") or answer.json()["code"].startswith(
