@@ -315,6 +315,9 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=3, help="draws of the real images; seeds 0, 1, ...")
     parser.add_argument("--processes", type=int, default=1, help="runs at the same time")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of each process")
+    parser.add_argument(
+        "--makers-up-to", type=int, default=QUESTIONS[-1], help="compare image makers up to so many questions"
+    )
     parser.add_argument("--quick", action="store_true", help="one draw, a few steps; writes no result")
     args = parser.parse_args()
     if not (args.data / "cifar10.tar.xz").is_file():
@@ -332,6 +335,7 @@ def main() -> None:
     found = float(tested.double().mean())
     print(f"teacher: {found:.4f}", flush=True)
     every, once = arms()
+    once = [arm for arm in once if arm.questions <= args.makers_up_to]
     seeds = list(range(1 if args.quick else args.draws))
     if args.quick:
         every, once = [quick(arm) for arm in every], []
