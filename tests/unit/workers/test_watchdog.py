@@ -147,7 +147,7 @@ def test_a_database_that_is_away_ends_neither_the_watch_nor_the_worker(
 
 
 STUCK = """
-import sys, threading, signal
+import signal, sys, time
 from app.settings import Settings
 from workers import watchdog
 watchdog._PAUSE_S = 0.05
@@ -155,8 +155,11 @@ watchdog._MERCY_S = float(sys.argv[1])
 signal.signal(signal.SIGTERM, (lambda *_: sys.exit(0)) if sys.argv[2] == "ends" else signal.SIG_IGN)
 dog = watchdog.Watchdog(Settings(idle_restart_s=0.2), ["cpu"])
 dog.start()
-while True:
-    signal.pause()
+try:
+    while True:  # signal.pause() would sleep on where the signal came just before it
+        time.sleep(0.05)
+finally:
+    dog.stop()
 """
 
 
