@@ -1,8 +1,9 @@
 """A text-to-image latent diffusion model in Stable Diffusion's format, and what TINT does with one.
 
 Latents float32 [N, C, h, w]; conditions float32 [N, L, D], the text encoder's output for a prompt of L tokens.
-Networks compute in bfloat16 on CUDA and float32 on CPU (the VAE always in float32: it runs once an image and bounds
-the quality of all reconstructions); what crosses a function's border is float32.
+Networks compute in bfloat16 on CUDA and float32 on CPU, unless `runtime.use_bfloat16_on_cpu` says otherwise (the VAE
+always in float32: it runs once an image and bounds the quality of all reconstructions); what crosses a function's
+border is float32.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from models.arrays import Images
 from models.data import images as image_tensors
 from models.errors import DataError, GeneratorError
 from models.generators import diffusion_folder
+from models.runtime import training_autocast
 
 Solver = Literal["ddim", "dpm_solver++"]
 T = TypeVar("T")
@@ -209,7 +211,8 @@ class Diffusion:
         """The UNet's output [N, C, h, w] (noise or velocity) for one timestep, or one for each latent [N]."""
         seen = latents.to(self.device, self.dtype).contiguous(memory_format=torch.channels_last)
         times = torch.as_tensor(timestep, device=self.device).expand(len(latents))
-        output: Tensor = self.unet(seen, times, conditions.to(self.device, self.dtype)).sample
+        with training_autocast(self.device):
+            output: Tensor = self.unet(seen, times, conditions.to(self.device, self.dtype)).sample
         return output.float()
 
     def ddim(self, steps: int) -> Any:
