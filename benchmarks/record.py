@@ -17,7 +17,10 @@ from rich.console import Console
 from rich.table import Table
 
 RESULTS = Path(__file__).parent / "results"
-_PACKAGES = ("torch", "timm", "onnxruntime", "fastapi", "uvicorn", "sqlalchemy", "celery", "numpy")
+_PACKAGES = (
+    *("torch", "timm", "diffusers", "transformers", "peft", "onnxruntime"),
+    *("fastapi", "uvicorn", "sqlalchemy", "celery", "numpy"),
+)
 
 
 def check(
