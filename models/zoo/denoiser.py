@@ -61,7 +61,7 @@ def train(
     `counts` [K] says how many of the N are of each class, class after class.
     """
     network = build(budget, tokenizer, seed).to(device).to(memory_format=torch.channels_last)
-    if device.type == "cpu":  # there fused attention's backward pass takes three times as long on so few tokens
+    if device.type == "cpu":  # fused attention's backward pass takes three times as long there on few tokens
         network.unet.set_attn_processor(AttnProcessor())
     forward = torch.compile(network) if device.type == "cuda" else network
     prompts = Prompts.of(classes)

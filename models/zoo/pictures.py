@@ -1,7 +1,8 @@
-"""The images that the embedded generator learns from: folders of class folders, squeezed to one size."""
+"""The images that the embedded models learn from: folders of class folders, squeezed to one size."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from models.arrays import Pixels
+from models.arrays import Labels, Pixels
 from models.data import images as image_tensors
 from models.data.fewshot import IMAGE_SUFFIXES
 from models.errors import DataError
@@ -25,6 +26,20 @@ class Pictures:
     pixels: Pixels
     counts: Tensor
     classes: tuple[str, ...]
+
+    @property
+    def labels(self) -> Labels:
+        """int64 [N], index of each image's class."""
+        return torch.arange(len(self.counts)).repeat_interleave(self.counts)
+
+    def digest(self) -> str:
+        """Names the pixels, in hexadecimal."""
+        return hashlib.sha256(self.pixels.numpy().tobytes()).hexdigest()
+
+    def table(self) -> str:
+        """Images of each class, as rows of a Markdown table."""
+        counted = zip(self.classes, self.counts.tolist(), strict=True)
+        return "\n".join(f"| {name} | {count:,} |" for name, count in counted)
 
 
 def read(folders: Sequence[Path], size: int) -> Pictures:

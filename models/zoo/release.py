@@ -74,9 +74,6 @@ def model_card(
 ) -> str:
     """The text of the card: what it is, was trained on and cannot do. `sizes`: learned numbers of each part."""
     counts = pictures.counts.tolist()
-    classes = "\n".join(
-        f"| {name} | {count:,} |" for name, count in zip(pictures.classes, counts, strict=True)
-    )
     total = f"{sum(sizes.values()):,} parameters"
     parts = ", ".join(f"{part} {size:,}" for part, size in sizes.items())
     runs = "\n".join(f"- {what}: {how}" for what, how in training.items())
@@ -115,4 +112,4 @@ def model_card(
         - Be fairer than its images: what is rare among them is rarer among its samples.
         - Prove anything about images that it was trained on: test it on others.
         """)
-    return f"{head}{classes}\n\n{runs}\n{tail}"
+    return f"{head}{pictures.table()}\n\n{runs}\n{tail}"

@@ -9,13 +9,10 @@ there when the same command is given again. `--minutes` stops by itself, with a 
 
 from __future__ import annotations
 
-import argparse
-import hashlib
 import shutil
 import sys
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +21,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from models import runtime
-from models.errors import ModelsError
 from models.generators import diffusion
-from models.local import FolderCheckpoints
-from models.pipeline import Report, digest
-from models.zoo import architecture, autoencoder, denoiser, pictures, release
+from models.pipeline import digest
+from models.zoo import architecture, autoencoder, command, denoiser, pictures, release
 from models.zoo.architecture import Budget
+from models.zoo.command import Pausing
 from models.zoo.pictures import Pictures
 from models.zoo.words import build_tokenizer
 
@@ -74,28 +70,7 @@ BUDGETS = {
 }
 _LICENCE = "apache-2.0"
 _SAMPLES_EACH = 10
-_PAUSED = 75  # EX_TEMPFAIL: try again
-_REPORT_SECONDS = 30.0
 _PSNR_IMAGES = 1000
-
-
-class PausedError(Exception):
-    """The time is up, and the state is kept."""
-
-
-@dataclass
-class Pausing(FolderCheckpoints):
-    """Keeps checkpoints, and stops the training with `PausedError` at the first one after `deadline` (monotonic)."""
-
-    deadline: float = field(kw_only=True)
-
-    def due(self) -> bool:
-        return time.monotonic() >= self.deadline or super().due()
-
-    def save(self, step: int, write: Callable[[Path], None]) -> None:
-        super().save(step, write)
-        if time.monotonic() >= self.deadline:
-            raise PausedError(f"stopped after step {step}")
 
 
 def train(
@@ -112,8 +87,8 @@ def train(
     """Train all parts and write them to `out`, with `samples.png` and the model card `README.md`.
 
     `work` holds checkpoints, and VAEs that are ready, by what they depend on: another length of the second training
-    takes the VAE that is there. Raises `PausedError` at `deadline` (monotonic seconds), `DataError` where the images
-    cannot be used.
+    takes the VAE that is there. Raises `command.PausedError` at `deadline` (monotonic seconds), `DataError` where the
+    images cannot be used.
     """
     place = runtime.resolve_device(device)
     shown = pictures.read(data, architecture.RESOLUTION)
@@ -138,7 +113,7 @@ def train(
         tokenizer,
         seed=seed,
         device=place,
-        report=_reporter("UNet and text encoder", say),
+        report=command.reporter("UNet and text encoder", say),
         checkpoints=Pausing(work / f"denoiser-{run[:16]}", deadline=deadline),
     )
     parts = {"vae": vae, "unet": network.unet, "text_encoder": network.text_encoder}
@@ -147,7 +122,7 @@ def train(
         "VAE": f"{budget.vae_steps:,} steps of {budget.vae_batch_size} images; "
         f"{quality:.1f} dB PSNR on images it was trained on",
         "UNet and text encoder": f"{budget.steps:,} steps of {budget.batch_size} images; "
-        f"weighted squared error {_recent(history):.4f} at the end",
+        f"weighted squared error {command.recent_loss(history):.4f} at the end",
     }
     sizes = {name: architecture.parameters(part) for name, part in parts.items()}
     release.write_checkpoint(out, vae, network.unet, network.text_encoder, tokenizer)
@@ -179,7 +154,7 @@ def _autoencoder(
         shown,
         seed=seed,
         device=device,
-        report=_reporter("VAE", say),
+        report=command.reporter("VAE", say),
         checkpoints=Pausing(folder / "checkpoints", deadline=deadline),
     )
     latents = torch.stack([autoencoder.encode(vae, shown.pixels, flipped=mirror) for mirror in (False, True)])
@@ -196,83 +171,33 @@ def _vae_run(shown: Pictures, budget: Budget, seed: int) -> dict[str, Any]:
     """All that the VAE's weights depend on."""
     settings = {name: value for name, value in asdict(budget).items() if name.startswith("vae_")}
     settings |= {"latent_channels": budget.latent_channels, "groups": budget.groups, "seed": seed}
-    return settings | {"pixels": hashlib.sha256(shown.pixels.numpy().tobytes()).hexdigest()}
+    return settings | {"pixels": shown.digest()}
 
 
 def _some(pixels: Tensor, count: int, seed: int) -> Tensor:
     return pixels[torch.randperm(len(pixels), generator=runtime.generator(seed, "some"))[:count]]
 
 
-def _recent(history: list[dict[str, float]]) -> float:
-    """Mean loss over the last tenth of the curve."""
-    last = [entry["loss"] for entry in history][-max(1, len(history) // 10) :]
-    return sum(last) / len(last)
-
-
-def _reporter(what: str, say: Callable[[str], None]) -> Report:
-    """Says where the training is every half minute, with its speed since the last time."""
-    said: tuple[float, int] | None = None
-
-    def report(step: int, total: int, **metrics: float) -> None:
-        nonlocal said
-        now = time.monotonic()
-        if said is None:
-            said = now, step
-        elif now - said[0] >= _REPORT_SECONDS or step == total:
-            speed = (step - said[1]) / (now - said[0])
-            say(f"{what}: step {step:,} of {total:,}, loss {metrics['loss']:.4f}, {speed:.2f} steps/s")
-            said = now, step
-
-    return report
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--data", type=Path, required=True, action="append", help="folder of class folders")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
-    parser.add_argument("--work", type=Path, help="folder of the state; OUT.work if not given")
-    parser.add_argument("--budget", choices=BUDGETS, help="size and length; gpu where there is one, else cpu")
-    parser.add_argument("--steps", type=int, help="of UNet and text encoder, in place of the budget's")
-    parser.add_argument("--batch-size", type=int, help="of UNet and text encoder, in place of the budget's")
+    parser = command.parser(__doc__, BUDGETS, "UNet and text encoder")
     parser.add_argument("--vae-steps", type=int, help="of the VAE, in place of the budget's")
-    parser.add_argument(
-        "--minutes", type=float, default=float("inf"), help="stop after so long, to go on later"
-    )
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda:N")
-    parser.add_argument("--threads", type=int, help="CPU threads")
-    parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(arguments)
-    deadline = time.monotonic() + 60 * given.minutes
-    if given.threads:
-        runtime.use_threads(given.threads)
-    runtime.use_bfloat16_on_cpu()
-    fits = "gpu" if runtime.resolve_device(given.device).type == "cuda" else "cpu"
     wanted = {"steps": given.steps, "batch_size": given.batch_size, "vae_steps": given.vae_steps}
-    budget = replace(
-        BUDGETS[given.budget or fits], **{name: value for name, value in wanted.items() if value is not None}
-    )
-    work = given.work or given.out.with_name(f"{given.out.name}.work")
-    try:
-        train(
+    changes = {name: value for name, value in wanted.items() if value is not None}
+    return command.run(
+        given,
+        lambda budget, work, deadline: train(
             given.data,
             given.out,
             work,
-            budget,
+            replace(BUDGETS[budget], **changes),
             seed=given.seed,
             device=given.device,
             deadline=deadline,
-            say=lambda text: print(text, flush=True),
-        )
-    except PausedError as paused:
-        print(f"{paused}; give the same command again to go on", flush=True)
-        return _PAUSED
-    except ModelsError as error:
-        print(f"{error.detail}. {error.hint}", file=sys.stderr)
-        return 1
-    return 0
+            say=command.say,
+        ),
+    )
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ from models import generators, runtime
 from models.generators import GeneratorSpec, diffusion
 from models.zoo import release, train_generator
 from models.zoo.architecture import Budget
-from models.zoo.train_generator import BUDGETS, PausedError
+from models.zoo.command import PausedError
+from models.zoo.train_generator import BUDGETS
 
 CLASSES = ("fire_truck", "frog")
 PARTS = ("unet", "vae", "text_encoder")
