@@ -28,14 +28,18 @@ class Augmentation:
 
     def __call__(self, images: Images, views: Views, random: torch.Generator) -> Images:
         """Images [N, 3, S, S], each seen through its view [N, 5] and changed at random within it."""
-        changed = resample(images, self._transforms(views, images.shape[-1], random))
-        if self.colour:
-            changed = jitter_colours(changed, self.colour, random)
-        if self.erase:
-            changed = erase_rectangles(changed, self.erase, random)
-        return changed
+        changed = resample(images, self.transforms(views, images.shape[-1], random))
+        return self.recolour(changed, random)
 
-    def _transforms(self, views: Views, size: int, random: torch.Generator) -> Tensor:
+    def recolour(self, images: Images, random: torch.Generator) -> Images:
+        """The part that moves nothing: colours and greyed rectangles."""
+        if self.colour:
+            images = jitter_colours(images, self.colour, random)
+        if self.erase:
+            images = erase_rectangles(images, self.erase, random)
+        return images
+
+    def transforms(self, views: Views, size: int, random: torch.Generator) -> Tensor:
         """Affine maps [N, 2, 3] from the output's to the input's coordinates, both in -1..1."""
         count = len(views)
         area = 1 - self.crop * torch.rand(count, generator=random)
