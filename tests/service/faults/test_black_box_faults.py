@@ -69,7 +69,7 @@ def test_the_budget_is_not_passed_when_questions_must_be_repeated(stack: Stack, 
 def test_cancel_while_the_endpoint_lets_wait(stack: Stack, server: PlainServer) -> None:
     server.control(hold_after=0)
     job_id = submit(stack, server, REAL + SYNTHETIC)
-    until(lambda: server.state()["waiting"] > 0, 60, "a question under way")
+    until(lambda: server.state()["waiting"] > 0, 90, "a question under way")
     stack.http.post(f"/v1/jobs/{job_id}/cancel")
     job = stack.finished(job_id, seconds=10)
     assert job["status"] == "cancelled"

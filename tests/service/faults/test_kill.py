@@ -14,7 +14,7 @@ pytestmark = pytest.mark.fault
 
 
 def test_kill_of_the_worker_in_the_middle_of_distillation_resumes_from_the_checkpoint(stack: Stack) -> None:
-    job_id = stack.submit(stack.upload())["id"]
+    job_id = stack.submit(stack.upload(), seed=1)["id"]
     stack.wait_for_step(job_id, 150)
     stack.kill("worker")
     until(lambda: not stack.compute_processes(), 5, "it")  # nothing computes on without its worker
@@ -33,7 +33,8 @@ def test_kill_of_the_worker_in_the_middle_of_distillation_resumes_from_the_check
 
 
 def test_kill_of_redis_and_of_the_gateway_in_the_middle_of_a_job(stack: Stack) -> None:
-    job_id = stack.submit(stack.upload())["id"]
+    dataset = stack.upload(seed=2)  # nothing of it was computed before
+    job_id = stack.submit(dataset)["id"]
     stack.wait_for_step(job_id, 100)
     stack.kill("redis")
     stack.kill("gateway")
@@ -42,9 +43,7 @@ def test_kill_of_redis_and_of_the_gateway_in_the_middle_of_a_job(stack: Stack) -
     job = stack.finished(job_id)
     assert (job["status"], job["attempt"]) == ("succeeded", 1)
     stack.check_history(job_id)
-    second = stack.finished(
-        stack.submit(stack.upload(), student="test_convnext")["id"]
-    )  # the worker listens again
+    second = stack.finished(stack.submit(dataset, student="test_convnext")["id"])  # the worker listens again
     assert second["status"] == "succeeded"
     reused = [stage["name"] for stage in second["stages"] if stage["status"] == "reused"]
     assert {"ask", "label", "examine"} <= set(reused)
@@ -53,7 +52,7 @@ def test_kill_of_redis_and_of_the_gateway_in_the_middle_of_a_job(stack: Stack) -
 @pytest.mark.slow
 def test_a_redis_that_forgot_everything_costs_nothing(stack: Stack) -> None:
     dataset = stack.upload()
-    jobs = [stack.submit(dataset, seed=seed)["id"] for seed in range(2)]
+    jobs = [stack.submit(dataset, seed=seed)["id"] for seed in (3, 4)]
     stack.wait_for_step(jobs[0], 50)
     stack.kill("redis")
     for path in (stack.home / "redis").rglob("*"):
@@ -83,7 +82,7 @@ def test_jobs_are_accepted_while_redis_is_down_and_run_when_it_is_back(stack: St
 
 @pytest.mark.slow
 def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_used(stack: Stack) -> None:
-    job_id = stack.submit(stack.upload())["id"]
+    job_id = stack.submit(stack.upload(), seed=5)["id"]
     stack.wait_for_step(job_id, 200)
     stack.kill("worker")
     with stack.database.reading() as session:

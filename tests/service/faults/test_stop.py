@@ -18,7 +18,7 @@ pytestmark = pytest.mark.fault
 
 
 def test_kill_of_the_compute_process_alone_is_one_more_attempt(stack: Stack) -> None:
-    job_id = stack.submit(stack.upload())["id"]
+    job_id = stack.submit(stack.upload(), seed=1)["id"]
     stack.wait_for_step(job_id, 100)
     (compute,) = stack.compute_processes()
     compute.kill()
@@ -29,7 +29,7 @@ def test_kill_of_the_compute_process_alone_is_one_more_attempt(stack: Stack) -> 
 
 @pytest.mark.slow
 def test_a_worker_that_slept_through_its_lease_changes_nothing_when_it_wakes(stack: Stack) -> None:
-    job_id = stack.submit(stack.upload())["id"]
+    job_id = stack.submit(stack.upload(), seed=2)["id"]
     stack.wait_for_step(job_id, 100)
     group = os.getpgid(stack.processes["worker"].pid)
     sleeping = [group, *(os.getpgid(process.pid) for process in stack.compute_processes())]
@@ -60,7 +60,7 @@ def test_a_worker_asked_to_stop_gives_its_shard_back_unharmed(stack: Stack) -> N
     assert (given_back.status, given_back.attempt) == ("ready", 0)
     assert given_back.checkpoint is not None
     stack.start("worker")
-    until(lambda: stack.step_of(job_id, "distill") > given_back.step, 30, "it")
+    until(lambda: stack.step_of(job_id, "distill") > given_back.step, 90, "it")
     assert stack.job(job_id)["attempt"] == 1
     stack.http.post(f"/v1/jobs/{job_id}/cancel")
     assert stack.finished(job_id)["status"] == "cancelled"
@@ -68,7 +68,7 @@ def test_a_worker_asked_to_stop_gives_its_shard_back_unharmed(stack: Stack) -> N
 
 
 def test_cancel_in_the_middle_of_distillation_ends_the_computation(stack: Stack) -> None:
-    job_id = stack.submit(stack.upload())["id"]
+    job_id = stack.submit(stack.upload(), seed=3)["id"]
     stack.wait_for_step(job_id, 100)
     assert stack.http.post(f"/v1/jobs/{job_id}/cancel").json()["status"] == "cancelling"
     job = stack.finished(job_id, seconds=10)
