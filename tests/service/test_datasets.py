@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 Files = dict[str, bytes]
 RED, GREEN, BLUE = (250, 10, 10), (10, 250, 10), (10, 10, 250)
+#: What becomes of files and images is the same with either database.
+ONCE = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 
 
 def pixels(seed: int, size: tuple[int, int] = (40, 32)) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -120,6 +122,7 @@ class TestAZip:
         ]
         assert {image["label"] for image in images(client, dataset, split="unlabelled")} == {None}
 
+    @ONCE
     @pytest.mark.parametrize("prefix", ["pets/", "train/", "Pets/Train/", "a/b/"])
     def test_may_be_wrapped_in_folders(self, prefix: str, client: httpx.Client) -> None:
         plain = created(send(client, good()))
@@ -127,6 +130,7 @@ class TestAZip:
         assert wrapped.status_code == 200, "the same content is the same data set"
         assert wrapped.json()["id"] == plain["id"]
 
+    @ONCE
     def test_a_wrapper_may_hold_splits_and_a_readme(self, client: httpx.Client) -> None:
         files = {f"pets/{name}": content for name, content in good().items()}
         dataset = created(
@@ -137,6 +141,7 @@ class TestAZip:
         codes = {entry["code"] for entry in dataset["report"]["warnings"]}
         assert codes == {"file_without_class", "class_without_test_images"}
 
+    @ONCE
     def test_litter_is_skipped_and_listed(self, client: httpx.Client) -> None:
         litter = [
             ".DS_Store",
@@ -148,6 +153,7 @@ class TestAZip:
         assert report["skipped"] == litter
         assert (report["skipped_count"], report["verdict"]) == (4, "ok")
 
+    @ONCE
     def test_only_a_folder_named_like_a_class_with_images_of_its_own_is_a_class(
         self, client: httpx.Client
     ) -> None:
@@ -201,16 +207,19 @@ class TestImagesWithoutLabels:
         assert (index["unlabelled"].classes, index["test"].classes) == ((), ("a", "b"))
         assert [image.label for image in index["test"].images] == [0, 0, 1]
 
+    @ONCE
     def test_must_be_ten_that_can_be_used(self, client: httpx.Client) -> None:
         answer = send(client, {**self.unlabelled(9), "unlabelled/broken.jpg": b"\xff\xd8\xff no image"})
         assert (answer.status_code, answer.json()["code"]) == (422, "too_few_unlabelled")
         assert "unlabelled/ has 9 usable images; at least 10 are needed" in answer.json()["detail"]
         assert {entry["code"] for entry in answer.json()["errors"]} >= {"too_few_unlabelled", "image_corrupt"}
 
+    @ONCE
     def test_beside_one_class_are_no_way_round_two_classes(self, client: httpx.Client) -> None:
         answer = send(client, {**self.unlabelled(12), "only/1.jpg": picture(1), "only/2.jpg": picture(2)})
         assert (answer.status_code, answer.json()["code"]) == (422, "too_few_classes")
 
+    @ONCE
     def test_at_the_top_are_refused_with_a_word_on_where_they_belong(self, client: httpx.Client) -> None:
         answer = send(client, {f"{number}.jpg": picture(number) for number in range(12)})
         assert (answer.status_code, answer.json()["code"]) == (422, "too_few_classes")
@@ -219,12 +228,14 @@ class TestImagesWithoutLabels:
         assert len(loose) == 12
         assert "Move it to CLASS/, or to unlabelled/ if it has no label." in loose[0]["detail"]
 
+    @ONCE
     def test_of_a_test_split_alone_are_refused(self, client: httpx.Client) -> None:
         answer = send(client, {f"test/{name}/1.jpg": picture(seed) for seed, name in enumerate("ab")})
         assert answer.status_code == 422
         codes = {entry["code"] for entry in answer.json()["errors"]}
         assert codes == {"too_few_classes", "unknown_test_class"}
 
+    @ONCE
     def test_may_be_wrapped_in_a_folder(self, client: httpx.Client) -> None:
         plain = created(send(client, self.unlabelled(10)))
         wrapped = send(client, {"set/" + name: content for name, content in self.unlabelled(10).items()})
@@ -232,6 +243,7 @@ class TestImagesWithoutLabels:
 
 
 class TestManyFiles:
+    @ONCE
     def test_named_class_and_file_are_the_same_data_set_as_a_zip(self, client: httpx.Client) -> None:
         parts = [("files", item) for item in good().items()]
         by_files = created(client.post("/v1/datasets", files=parts, data={"name": "by hand"}))
@@ -248,6 +260,7 @@ class TestManyFiles:
         assert dataset["classes"] == ["Ärzte", "猫"]
 
 
+@ONCE
 class TestImages:
     def test_a_small_one_is_kept_to_the_pixel(self, client: httpx.Client) -> None:
         dataset = created(send(client, {**good(), "class0/exact.png": picture(77, form="PNG")}))
@@ -325,6 +338,7 @@ class TestImages:
         assert decoded(client, found["class0/deep.png"]).getpixel((5, 5)) == (128, 128, 128)
 
 
+@ONCE
 class TestDuplicates:
     def test_within_a_class_one_is_dropped(self, client: httpx.Client) -> None:
         dataset = created(send(client, {**good(), "class0/again.jpg": good()["class0/0.jpg"]}))

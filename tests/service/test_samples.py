@@ -24,7 +24,7 @@ from app.jobs.tables import Job, JobStage, Shard, StageOutput
 from app.wiring import Wiring
 from models import local
 from models.data import archive
-from models.generators import GENERATORS, GeneratorSpec, Kind, shards
+from models.generators import GENERATORS, GeneratorSpec, Kind, choice, shards
 from models.methods import METHODS
 from models.methods.tint import Verdict
 from models.teachers import labelling
@@ -67,10 +67,12 @@ def mixes(images: Path, tmp_path_factory: pytest.TempPathFactory) -> local.Local
             "cvae": {"epochs": 2},
         },
     )
-    return local.run(
-        "fsbbt", images, "efficientnet_lite0", "lenet5", tmp_path_factory.mktemp("out"),
-        params=params, device="cpu", wanted=["soft_labels"],
-    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(choice, "STEPS", 20)
+        return local.run(
+            "fsbbt", images, "efficientnet_lite0", "lenet5", tmp_path_factory.mktemp("out"),
+            params=params, device="cpu", wanted=["soft_labels"],
+        )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
