@@ -35,8 +35,9 @@ demo: $(STAMP)  ## From real images to a student that classifies, through the wh
 up: $(STAMP)  ## Start the service on this machine, until Ctrl-C
 	$(BIN)/dram up
 
+# By default xdist starts files of few tests last, which are the long ones: one core then waits for the other.
 test: $(STAMP) $(KSERVE_STAMP)  ## Run the tests, but for the slow ones; two files at a time, one thread each
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(STAMP)  ## Run the slow tests only
 	$(BIN)/python -m pytest -m slow --timeout 1800
