@@ -31,7 +31,9 @@ def test_a_child_is_killed_when_its_parent_is() -> None:
         child = psutil.Process(int(parent.stdout.readline()))
         assert child.name() == "sleep"
         parent.send_signal(signal.SIGKILL)
-    eventually(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE, "the child's end", 5)
+    eventually(
+        lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE, "the child's end", 30
+    )
 
 
 @pytest.mark.parametrize(("other", "status"), [(0, 0), (1, 1)])
