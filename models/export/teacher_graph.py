@@ -8,34 +8,15 @@ from __future__ import annotations
 import json
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
 
 from models import teachers
 from models.export import onnx_graph
 from models.pipeline import StageContext
 from models.teachers import few_shot_head
-from models.teachers.few_shot_head import FewShotHead
+from models.teachers.few_shot_head import HeadedNetwork
 
 FILE_NAME = "teacher.onnx"
 DOCUMENT_NAME = "teacher_graph.json"
-
-
-class TeacherNetwork(nn.Module):
-    """Backbone and few-shot head: normalised float [B, 3, S, S] -> logits [B, classes]."""
-
-    def __init__(self, backbone: nn.Module, head: FewShotHead) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.centre = nn.Parameter(head.centre.float())
-        self.weight = nn.Parameter(head.weight.float())
-        self.bias = nn.Parameter(head.bias.float())
-        self.scale = head.scale
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        unit = functional.normalize(self.backbone(pixels) - self.centre, dim=-1)
-        logits: Tensor = self.scale * (unit @ self.weight + self.bias)
-        return logits
 
 
 def run(context: StageContext, params: None) -> None:
@@ -43,7 +24,7 @@ def run(context: StageContext, params: None) -> None:
     spec = teachers.read_spec(context.folder("teacher"))
     head = few_shot_head.load(context.folder("soft_labels"))
     teacher = teachers.load(spec, "cpu", head.input_size)
-    network = TeacherNetwork(teacher.network.to(memory_format=torch.contiguous_format), head)
+    network = HeadedNetwork.of(teacher.network.to(memory_format=torch.contiguous_format), head)
     graph = onnx_graph.build(network, teacher.input_size, teacher.mean, teacher.std)
     content = onnx_graph.to_bytes(graph)
     (context.output / FILE_NAME).write_bytes(content)

@@ -59,6 +59,10 @@ STUDENTS: dict[str, StudentSpec] = {
 }
 
 
+#: The student that WeCoLoRA makes of its teacher: its size and cost are not known before.
+SHORTENED_VIT = "shortened_vit"
+
+
 @dataclass(frozen=True)
 class TrainedStudent:
     """`network` maps normalised images [N, 3, S, S], S = `input_size`, to logits [N, C]."""
@@ -69,6 +73,20 @@ class TrainedStudent:
     classes: tuple[str, ...]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+
+
+def choices(own: str | None) -> tuple[str, ...]:
+    """The students that a method can have: its `own` (`pipeline.Method.student`), or else any of the registry."""
+    return (own,) if own else tuple(STUDENTS)
+
+
+def checked(name: str, own: str | None) -> str:
+    """`name`, if a method whose own student is `own` can have it. Raises `TrainingError`."""
+    if own is None:
+        return spec_of(name).name
+    if name != own:
+        raise TrainingError(f"this method has no student '{name}'", f"It makes one of its teacher: '{own}'.")
+    return name
 
 
 def spec_of(name: str) -> StudentSpec:
@@ -107,13 +125,18 @@ def build(name: str, classes: int, input_size: int) -> nn.Module:
 
 
 def load(folder: Path, device: str = "cpu") -> TrainedStudent:
-    """The student that DISTILL left in a `trained_student` folder, in evaluation mode."""
+    """The student in a `trained_student` folder, in evaluation mode."""
     from safetensors.torch import load_file
 
     document = json.loads((folder / "student.json").read_text())
     classes = tuple(document["classes"])
-    network = build(document["name"], len(classes), document["input_size"])
-    network.load_state_dict(load_file(folder / "weights.safetensors"))
+    if document["name"] == SHORTENED_VIT:
+        from models.students import shortened_vit
+
+        network = shortened_vit.load_student(folder, document)
+    else:
+        network = build(document["name"], len(classes), document["input_size"])
+        network.load_state_dict(load_file(folder / "weights.safetensors"))
     return TrainedStudent(
         network=network.eval().to(device),
         name=document["name"],

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from models.arrays import Features, Labels, Logits
@@ -71,6 +71,47 @@ class FewShotHead:
             "classes": list(self.classes),
         }
         (folder / "head.json").write_text(json.dumps(document, ensure_ascii=False, indent=1))
+
+
+class HeadedNetwork(nn.Module):
+    """Backbone and head in one: normalised images [B, 3, S, S] -> logits [B, C].
+
+    logits = scale * ((features - centre) @ weight + bias), the difference L2-normalised first where `unit`.
+    """
+
+    def __init__(
+        self, backbone: nn.Module, centre: Tensor, weight: Tensor, bias: Tensor, *, scale: float, unit: bool
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.centre = nn.Parameter(centre.float())
+        self.weight = nn.Parameter(weight.float())
+        self.bias = nn.Parameter(bias.float())
+        self.scale = scale
+        self.unit = unit
+
+    @classmethod
+    def of(cls, backbone: nn.Module, head: FewShotHead) -> HeadedNetwork:
+        return cls(backbone, head.centre, head.weight, head.bias, scale=head.scale, unit=True)
+
+    @classmethod
+    def empty(
+        cls, backbone: nn.Module, width: int, classes: int, *, scale: float, unit: bool
+    ) -> HeadedNetwork:
+        """A head of zeros, to load weights into."""
+        zeros = (torch.zeros(width), torch.zeros(width, classes), torch.zeros(classes))
+        return cls(backbone, *zeros, scale=scale, unit=unit)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.logits(self.backbone(images))
+
+    def logits(self, features: Features) -> Logits:
+        """[B, C] from features [B, D]."""
+        moved = features - self.centre
+        if self.unit:
+            moved = functional.normalize(moved, dim=-1)
+        logits: Logits = self.scale * (moved @ self.weight + self.bias)
+        return logits
 
 
 def load(folder: Path) -> FewShotHead:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,13 +16,19 @@ from models.runtime import autocast
 
 @dataclass(frozen=True)
 class Teacher:
-    """A frozen network. `network` maps normalised images [N, 3, S, S] to pooled features [N, D]."""
+    """A frozen network. `network` maps normalised images [N, 3, S, S] to pooled features [N, D].
+
+    `architecture`, a JSON document, is what `build` of `timm_network` or `transformers_network` (its "library") makes
+    the network from again, without weights; "own_size" is the side of the images it was trained on, None if not known.
+    An EfficientNet-Lite has none.
+    """
 
     network: nn.Module
     input_size: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     embedding_dim: int
+    architecture: Mapping[str, Any] | None = None
 
     @torch.inference_mode()
     def embed(self, images: Images) -> Features:

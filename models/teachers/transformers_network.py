@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,8 +64,26 @@ def load(spec: TeacherSpec, device: str, input_size: int) -> Teacher:
     if missing:
         raise TeacherError(f"teacher '{spec.name}': weights are missing: {', '.join(sorted(missing)[:3])}")
     network = PooledBackbone(getattr(model, "vision_model", model))
+    own: Any = network.backbone.config
     mean, std = _normalisation(spec)
-    return Teacher(frozen(network, device), input_size, mean, std, spec.embedding_dim)
+    return Teacher(
+        frozen(network, device),
+        input_size,
+        mean,
+        std,
+        spec.embedding_dim,
+        {
+            "library": "transformers",
+            "config": own.to_dict(),
+            "own_size": getattr(own, "image_size", None),
+        },
+    )
+
+
+def build(architecture: Mapping[str, Any]) -> nn.Module:
+    """The network of a `Teacher.architecture`, with random weights, for images of any size that fits its patches."""
+    model = AutoModel.from_config(AutoConfig.for_model(**architecture["config"]), dtype=torch.float32)
+    return PooledBackbone(getattr(model, "vision_model", model))
 
 
 def _normalisation(spec: TeacherSpec) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
