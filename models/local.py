@@ -155,9 +155,12 @@ class FolderCheckpoints:
         older = sorted(self.folder.glob("step-*"))
         working = _emptied(self.folder / "writing")
         write(working)
-        working.rename(self.folder / f"step-{step:09d}")
+        target = self.folder / f"step-{step:09d}"
+        shutil.rmtree(target, ignore_errors=True)  # a step done again, in smaller batches
+        working.rename(target)
         for folder in older:
-            shutil.rmtree(folder)
+            if folder != target:
+                shutil.rmtree(folder)
         self._saved = time.monotonic()
 
 

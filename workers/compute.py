@@ -25,7 +25,7 @@ from app import locks, storage
 from app.security.egress import Egress
 from app.settings import HANDED_ON, Settings
 from app.storage import BlobStore
-from models import runtime
+from models import generators, runtime
 from models.errors import ModelsError, TryAgain
 from models.methods import METHODS
 from models.pipeline import JobShape, StageContext, TeacherAccess, inputs_of
@@ -142,6 +142,8 @@ def _computed(
         shards=claim["shards"],
     )
     context.output.mkdir()
+    if "generator" not in context.inputs:
+        generators.release()  # the networks of this stage may need the memory
     with _asking(claim, settings, voice) if stage.asks else nullcontext() as access:
         stage.run(replace(context, access=access), method.stage_params(stage, claim["params"]))
     return context.output

@@ -31,6 +31,7 @@ _PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 _HUB_SECONDS = 3.0  # how long to wait for the hub to say whether it has a generator
 _HUB_MEMORY_SECONDS = 300.0  # how long its answer is kept
 _hub_answers: dict[tuple[str, str], tuple[float, str]] = {}
+_kept: dict[tuple[str, str], Diffusion] = {}  # the one that `kept` gave last, by specification and device
 
 
 class Kind(IntEnum):
@@ -93,8 +94,10 @@ GENERATORS: dict[str, GeneratorSpec] = {
             source="zoo/generator",
             revision="1",
             resolution=32,
+            parameters=9_050_283,
             licence="Apache-2.0",
             licence_url="https://www.apache.org/licenses/LICENSE-2.0",
+            resident_mib=35,
         ),
         GeneratorSpec(
             name="stable_diffusion_15",
@@ -136,6 +139,23 @@ def load(spec: GeneratorSpec, device: str = "cpu") -> Diffusion:
     from models.generators import diffusion
 
     return diffusion.load(spec.folder or _snapshot(spec), device)
+
+
+def kept(spec: GeneratorSpec, device: str = "cpu") -> Diffusion:
+    """As `load`, but one that was asked for last is not loaded again: a job's shards follow each other in a process.
+
+    All get the same object: leave it as it was.
+    """
+    key = (spec.model_dump_json(), device)
+    if key not in _kept:
+        release()  # before, not after: memory may not hold two
+        _kept[key] = load(spec, device)
+    return _kept[key]
+
+
+def release() -> None:
+    """Let the memory of the generator go that `kept` holds."""
+    _kept.clear()
 
 
 def read_spec(folder: Path) -> GeneratorSpec:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,9 +20,9 @@ from models.generators import Kind
 from models.generators import null_text_inversion as null_text
 from models.generators import textual_inversion as textual
 from models.generators.diffusion import Diffusion, blend
-from models.generators.shards import Generated, load, place_in_class
+from models.generators.shards import Generated, image_seed, joined, load, place_in_class
 from models.pipeline import StageContext
-from models.runtime import generator, resolve_device
+from models.runtime import resolve_device
 
 if TYPE_CHECKING:
     from models.methods.tint import GenerationParams, NullTextInversionParams, TextualInversionParams
@@ -61,34 +63,37 @@ class ClassInversions:
 
 def textual_inversion(context: StageContext, params: TextualInversionParams) -> None:
     """Learn the token of the class with this shard's number. Writes `tokens.safetensors`, `tokens.json`, a LoRA."""
-    diffusion = _load(context)
-    supports, _, name = _supports(context, diffusion)
-    word = params.initial_word or name
-    tokens = textual.learn_tokens(
-        diffusion,
-        supports,
-        params,
-        seed=context.seed,
-        report=context.report,
-        word=word,
-        checkpoints=context.checkpoints,
-    )
+    with _generator(context) as diffusion:
+        supports, _, name = _supports(context, diffusion)
+        tokens, lora = textual.learn(
+            diffusion,
+            supports,
+            params,
+            seed=context.seed,
+            report=context.report,
+            word=params.initial_word or name,
+            checkpoints=context.checkpoints,
+        )
     save_file({"tokens": tokens.contiguous()}, context.output / "tokens.safetensors")
     (context.output / "tokens.json").write_text(json.dumps({"template": params.template}))
-    if params.lora_rank:
-        lora = textual.learn_adapter(
-            diffusion, supports, tokens, params, seed=context.seed, report=context.report
-        )
+    if lora:
         save_file(lora, context.output / "lora.safetensors")
 
 
 def null_text_inversion(context: StageContext, params: NullTextInversionParams) -> None:
     """Invert the labelled images of one class. Writes `inversions.safetensors`, `inversions.json`."""
     learnt = read_tokens(context.inputs["class_tokens"][context.shard])
-    diffusion = _load(context, learnt)
-    supports, index, _ = _supports(context, diffusion)
-    conditions = learnt.conditions(diffusion).expand(len(supports), -1, -1)
-    inverted = null_text.invert(diffusion, supports, conditions, params, report=context.report)
+    with _generator(context, learnt) as diffusion:
+        supports, index, _ = _supports(context, diffusion)
+        conditions = learnt.conditions(diffusion).expand(len(supports), -1, -1)
+        inverted = null_text.invert(
+            diffusion,
+            supports,
+            conditions,
+            params,
+            report=context.report,
+            checkpoints=context.checkpoints,
+        )
     tensors = {**vars(inverted), "index": index}
     save_file(
         {name: value.cpu().contiguous() for name, value in tensors.items()},
@@ -105,19 +110,19 @@ def generate(context: StageContext, params: GenerationParams) -> None:
     inversions = None
     if "inversions" in context.inputs:
         inversions = read_inversions(context.inputs["inversions"][label])
-    diffusion = _load(context, learnt)
     resumed = context.checkpoints.latest()
     parts = [load(resumed)] if resumed else []
     done = sum(len(part.kind) for part in parts)
-    for start in range(places.start + done, places.stop, params.batch_size):
-        batch = range(start, min(start + params.batch_size, places.stop))
-        seeds = [_seed(context.seed, label, number) for number in batch]
-        parts.append(make(diffusion, learnt, inversions, label, seeds, params))
-        done += len(batch)
-        context.report(done, len(places))
-        if context.checkpoints.due():
-            context.checkpoints.save(done, _joined(parts).save)
-    _joined(parts).save(context.output)
+    with _generator(context, learnt) as diffusion:
+        for start in range(places.start + done, places.stop, params.batch_size):
+            batch = range(start, min(start + params.batch_size, places.stop))
+            seeds = [image_seed(context.seed, "image", label, number) for number in batch]
+            parts.append(make(diffusion, learnt, inversions, label, seeds, params))
+            done += len(batch)
+            context.report(done, len(places))
+            if context.checkpoints.due():
+                context.checkpoints.save(done, joined(parts).save)
+    joined(parts).save(context.output)
 
 
 def make(
@@ -201,18 +206,13 @@ def read_inversions(folder: Path) -> ClassInversions:
     )
 
 
-def _seed(seed: int, label: int, number: int) -> int:
-    """The seed of an image, of 53 bits: whoever reads JSON can hold it."""
-    return generator(seed, "image", label, number).initial_seed() % 2**53
-
-
-def _load(context: StageContext, learnt: ClassTokens | None = None) -> Diffusion:
-    """The generator, with what a class' LoRA changes in it."""
+@contextmanager
+def _generator(context: StageContext, learnt: ClassTokens | None = None) -> Iterator[Diffusion]:
+    """The generator, with what a class' LoRA changes in it. The next shard finds it loaded, and as it was."""
     spec = generators.read_spec(context.folder("generator"))
-    diffusion = generators.load(spec, str(resolve_device(context.device)))
-    if learnt is not None and learnt.lora:
-        textual.apply_adapter(diffusion, learnt.lora)
-    return diffusion
+    diffusion = generators.kept(spec, str(resolve_device(context.device)))
+    with textual.adapted(diffusion, learnt.lora if learnt else {}):
+        yield diffusion
 
 
 def _supports(context: StageContext, diffusion: Diffusion) -> tuple[Images, Tensor, str]:
@@ -220,7 +220,3 @@ def _supports(context: StageContext, diffusion: Diffusion) -> tuple[Images, Tens
     split = fewshot.load(context.folder("support"), diffusion.resolution)
     index = (split.labels == context.shard).nonzero()[:, 0]
     return split.pixels[index].float() / 255, index, split.classes[context.shard]
-
-
-def _joined(parts: list[Generated]) -> Generated:
-    return Generated(**{name: torch.cat([getattr(part, name) for part in parts]) for name in vars(parts[0])})

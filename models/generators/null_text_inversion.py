@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from models.arrays import Images
@@ -18,9 +21,11 @@ from models.data import images as image_tensors
 from models.errors import DataError, TrainingError
 from models.generators.diffusion import Batches, Diffusion, psnr
 from models.methods.tint import NullTextInversionParams
-from models.pipeline import Report
+from models.pipeline import Checkpoints, Report
+from models.training.loop import NoCheckpoints
 
 BATCH = 16
+_FILE = "ways.safetensors"
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,21 @@ class Inversions:
     vae_psnr: Tensor
 
 
+@dataclass(frozen=True)
+class _Way:
+    """The way of n images: `path` [n, T + 1, C, h, w] is z_0 ... z_T, up which they went; `nulls` [n, R, L, D] are the
+    null embeddings of the first R steps down, which have led to `reached` [n, C, h, w].
+    """
+
+    path: Tensor
+    nulls: Tensor
+    reached: Tensor
+
+    def of(self, rows: slice, device: torch.device) -> _Way:
+        """The way of some of the images."""
+        return _Way(*(value[rows].to(device) for value in vars(self).values()))
+
+
 def invert(
     diffusion: Diffusion,
     supports: Images,
@@ -43,31 +63,49 @@ def invert(
     params: NullTextInversionParams,
     *,
     report: Report,
+    checkpoints: Checkpoints | None = None,
     batch_size: int = BATCH,
 ) -> Inversions:
     """Invert images [K, 3, H, W], of one class or many, each under its own `conditions` [K, L, D].
 
-    Raises `TrainingError` where an embedding's loss is no number.
+    A checkpoint holds the images that are inverted, and a null-text inversion between two timesteps. Raises
+    `TrainingError` where an embedding's loss is no number.
     """
     if not len(supports) or len(supports) != len(conditions):
         raise DataError(f"there are {len(supports)} images and {len(conditions)} conditions to invert")
     latents = diffusion.encode_all(supports)
     conditions = conditions.to(diffusion.device)
-    total = len(supports) * params.steps * 2
+    saved = checkpoints or NoCheckpoints()
+    folder = saved.latest()
+    done, begun = _restore(folder) if folder else ([], None)
+    first = sum(len(way.reached) for way in done)
 
-    def part(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-        def advance(steps: int) -> None:
-            report(rows.start * params.steps * 2 + steps * (rows.stop - rows.start), total)
+    def keep(step: int, unfinished: _Way | None = None) -> None:
+        if saved.due():
+            saved.save(step, partial(_save, done=done, begun=unfinished))
 
-        return _invert(diffusion, latents[rows], conditions[rows], params, advance)
+    def part(rows: slice) -> _Way:
+        here = slice(first + rows.start, first + rows.stop)
 
-    parts = Batches(batch_size).of(len(supports), part)
-    noise, unconditional, reconstructed = (torch.cat(each) for each in zip(*parts, strict=True))
+        def advance(steps: int, way: _Way | None = None) -> None:
+            step = 2 * params.steps * here.start + steps * (here.stop - here.start)
+            report(step, 2 * params.steps * len(supports))
+            if way is not None and way.nulls.shape[1] < params.steps:
+                keep(step, way)
+
+        fits = begun is not None and rows.stop <= len(begun.reached)
+        start = begun.of(rows, diffusion.device) if begun is not None and fits else None
+        return _invert(diffusion, latents[here], conditions[here], params, advance, start)
+
+    for way in Batches(len(begun.reached) if begun else batch_size).of(len(supports) - first, part):
+        done.append(way.of(slice(None), torch.device("cpu")))
+        keep(2 * params.steps * sum(len(way.reached) for way in done))
+    path, nulls, reached = (torch.cat([getattr(way, name) for way in done]) for name in vars(done[0]))
     wanted = image_tensors.resize(supports.cpu(), diffusion.resolution)
     return Inversions(
-        noise=noise.cpu(),
-        unconditional=unconditional.cpu(),
-        psnr=psnr(diffusion.decode_all(reconstructed), wanted),
+        noise=path[:, -1].clone(),
+        unconditional=nulls,
+        psnr=psnr(diffusion.decode_all(reached), wanted),
         vae_psnr=psnr(diffusion.decode_all(latents), wanted),
     )
 
@@ -116,28 +154,31 @@ def _invert(
     latents: Tensor,
     conditions: Tensor,
     params: NullTextInversionParams,
-    advance: Callable[[int], None],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """z_T, the null embeddings, and the latents that guided sampling from them gives."""
-    path = trajectory(diffusion, latents, conditions, params.steps, advance)
-    noise = path.pop()
+    advance: Callable[..., None],
+    begun: _Way | None,
+) -> _Way:
+    """The whole way of `latents` [N, C, h, w], or the rest of one that was `begun`."""
+    if begun is None:
+        path = torch.stack(trajectory(diffusion, latents, conditions, params.steps, advance), 1)
+        nulls = diffusion.unconditional().repeat(len(latents), 1, 1)[:, None]
+        begun = _Way(path, nulls[:, :0], path[:, -1])
     if params.mode == "negative_prompt":
         nulls = conditions[:, None]
-        back = diffusion.sample(noise, conditions, nulls, steps=params.steps, guidance=1.0)
+        back = diffusion.sample(begun.reached, conditions, nulls, steps=params.steps, guidance=1.0)
         advance(2 * params.steps)
-        return noise, nulls, back
-    current = noise
-    null = diffusion.unconditional().repeat(len(latents), 1, 1)
-    found = []
+        return _Way(begun.path, nulls, back)
+    way = begun
     scheduler = diffusion.ddim(params.steps)
-    for time in scheduler.timesteps.tolist():
+    times = scheduler.timesteps.tolist()
+    for number in range(way.nulls.shape[1], len(times)):
         with torch.no_grad():
-            conditional = diffusion.predict(current, time, conditions)
-        step = _Step(diffusion, scheduler, time, current, conditional, params.guidance)
-        null, current = _optimise(step, null, path.pop(), params)
-        found.append(null)
-        advance(params.steps + len(found))
-    return noise, torch.stack(found, 1), current
+            conditional = diffusion.predict(way.reached, times[number], conditions)
+        step = _Step(diffusion, scheduler, times[number], way.reached, conditional, params.guidance)
+        start = way.nulls[:, -1] if number else diffusion.unconditional().repeat(len(latents), 1, 1)
+        null, reached = _optimise(step, start, way.path[:, -2 - number], params)
+        way = _Way(way.path, torch.cat([way.nulls, null[:, None]], 1), reached)
+        advance(params.steps + number + 1, way)
+    return way
 
 
 def _optimise(
@@ -172,3 +213,24 @@ def _optimise(
     if not bool(error.isfinite().all()):
         raise TrainingError("the loss of null-text inversion is no number", "Lower the guidance or lr.")
     return best, landed_at
+
+
+def _save(folder: Path, done: list[_Way], begun: _Way | None) -> None:
+    """Write the ways of the batches that are inverted, and of the one that is not yet."""
+    ways = {str(number): way for number, way in enumerate(done)} | ({"begun": begun} if begun else {})
+    tensors = {
+        f"{name}.{member}": value.cpu().clone(memory_format=torch.contiguous_format)
+        for name, way in ways.items()
+        for member, value in vars(way).items()
+    }
+    save_file(tensors, folder / _FILE)
+
+
+def _restore(folder: Path) -> tuple[list[_Way], _Way | None]:
+    """What `_save` has written."""
+    ways: dict[str, dict[str, Tensor]] = {}
+    for path, value in load_file(folder / _FILE).items():
+        name, member = path.split(".")
+        ways.setdefault(name, {})[member] = value
+    begun = ways.pop("begun", None)
+    return [_Way(**ways[str(number)]) for number in range(len(ways))], _Way(**begun) if begun else None

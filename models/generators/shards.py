@@ -14,6 +14,7 @@ from torch import Tensor
 from models.arrays import Pixels
 from models.methods import tint
 from models.methods.fsbbt import CHUNK
+from models.runtime import generator
 
 _FILE = "images.safetensors"
 
@@ -49,6 +50,16 @@ class Generated(Synthetic):
 def load(folder: Path) -> Generated:
     """All of one shard of GENERATE."""
     return Generated(**load_file(folder / _FILE))
+
+
+def joined(parts: Sequence[Generated]) -> Generated:
+    """The images of all parts, one after another."""
+    return Generated(**{name: torch.cat([getattr(part, name) for part in parts]) for name in vars(parts[0])})
+
+
+def image_seed(seed: int, *path: int | str) -> int:
+    """The seed of one image, see `models.runtime.generator`; of 53 bits, so that whoever reads JSON can hold it."""
+    return generator(seed, *path).initial_seed() % 2**53
 
 
 def column(folders: Sequence[Path], name: str) -> Tensor:

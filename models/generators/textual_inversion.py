@@ -7,14 +7,18 @@ arXiv:2106.09685.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -36,6 +40,7 @@ _WARM_UP = 100
 #: Batches of draws that a look at the loss takes.
 _CHECKED_BATCHES = 2
 _ADAPTER = "class"
+_TOKENS = "tokens.safetensors"
 _ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
@@ -46,6 +51,42 @@ class _Learned(nn.Module):
         super().__init__()
         self.rows = nn.Parameter(rows, requires_grad=not adapter)
         self.adapter = nn.ParameterList(adapter)
+
+
+def learn(
+    diffusion: Diffusion,
+    supports: Images,
+    params: TextualInversionParams,
+    *,
+    seed: int,
+    report: Report,
+    word: str | None = None,
+    checkpoints: Checkpoints | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The tokens, see `learn_tokens`, and where `params.lora_rank` asks for it the adapter, see `learn_adapter`.
+
+    Both share the checkpoints and count their steps as one.
+    """
+    kept = checkpoints or NoCheckpoints()
+    total = params.steps * (2 if params.lora_rank else 1)
+
+    def advance(step: int, _: int, **metrics: float) -> None:
+        report(step, total, **metrics)
+
+    def advance_further(step: int, _: int, **metrics: float) -> None:
+        report(params.steps + step, total, **metrics)
+
+    tokens = _read_tokens(kept.latest())
+    if tokens is None:
+        tokens = learn_tokens(
+            diffusion, supports, params, seed=seed, report=advance, word=word, checkpoints=kept
+        )
+    if not params.lora_rank:
+        return tokens, {}
+    further = _AfterTokens(kept, tokens, params.steps)
+    return tokens, learn_adapter(
+        diffusion, supports, tokens, params, seed=seed, report=advance_further, checkpoints=further
+    )
 
 
 def learn_tokens(
@@ -62,7 +103,7 @@ def learn_tokens(
 
     They start from `word` (None: `params.initial_word`), see `Diffusion.rows_of`. Of the embeddings at every
     `CHECK_EVERY` steps those of the lowest loss on draws that stay the same are returned; after `params.patience` steps
-    without a lower one it stops.
+    without a lower one it stops. `report` is given the loss at those steps.
     """
     rows = diffusion.rows_of(word or params.initial_word or NEUTRAL_WORD, params.vectors)
     learned = _learn(diffusion, supports, params, _Learned(rows, []), seed, report, checkpoints)
@@ -98,6 +139,19 @@ def learn_adapter(
         diffusion.unet.unload_lora()
 
 
+@contextlib.contextmanager
+def adapted(diffusion: Diffusion, adapter: Mapping[str, Tensor]) -> Iterator[Diffusion]:
+    """The model with the low-rank changes that `learn_adapter` found (none: as it is); afterwards as it was."""
+    if not adapter:
+        yield diffusion
+        return
+    try:
+        apply_adapter(diffusion, adapter)
+        yield diffusion
+    finally:
+        diffusion.unet.unload_lora()
+
+
 def apply_adapter(diffusion: Diffusion, adapter: Mapping[str, Tensor]) -> None:
     """From now on the UNet works with the low-rank changes that `learn_adapter` found."""
     rank = next((len(value) for name, value in adapter.items() if "lora_A" in name), 0)
@@ -124,6 +178,36 @@ def draw(count: int, size: int, first: int, last: int, random: torch.Generator) 
     spread = (torch.arange(size) + torch.rand(1, generator=random)) / size
     timesteps = first + (spread * (last - first)).long().clamp_max(last - first - 1)
     return torch.cat(rounds)[:size], timesteps[torch.randperm(size, generator=random)]
+
+
+@dataclass(frozen=True)
+class _AfterTokens:
+    """The checkpoints of an adapter's training, `before` steps after the first: with the tokens learned until then."""
+
+    kept: Checkpoints
+    tokens: Tensor
+    before: int
+
+    def latest(self) -> Path | None:
+        folder = self.kept.latest()
+        return None if _read_tokens(folder) is None else folder
+
+    def due(self) -> bool:
+        return self.kept.due()
+
+    def save(self, step: int, write: Callable[[Path], None]) -> None:
+        def write_all(folder: Path) -> None:
+            write(folder)
+            save_file({"tokens": self.tokens.contiguous()}, folder / _TOKENS)
+
+        self.kept.save(self.before + step, write_all)
+
+
+def _read_tokens(checkpoint: Path | None) -> Tensor | None:
+    """The tokens in a checkpoint of an adapter's training; None in one of the tokens' own."""
+    if checkpoint is None or not (checkpoint / _TOKENS).exists():
+        return None
+    return load_file(checkpoint / _TOKENS)["tokens"]
 
 
 def _learn(
@@ -161,6 +245,7 @@ def _learn(
         objective.differentiate(learned, generator(seed, "textual_inversion", done))
         adamw.step()
         done += 1
+        report(done, params.steps)
         if saved.due():
             write = partial(
                 checkpoint.save, step=done, network=learned, average=best, optimiser=adamw, history=history

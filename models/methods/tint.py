@@ -57,13 +57,18 @@ class TextualInversionParams(Params):
         250, ge=0, le=999, description="Lowest diffusion timestep: below, upsampling artefacts are learnt."
     )
     patience: int = Field(
-        150, ge=0, le=50_000, description="Steps without a lower running loss after which it stops. 0: never."
+        150,
+        ge=0,
+        le=50_000,
+        description="It stops after so many optimiser steps without a lower loss. Every 25 steps the loss is taken on "
+        "draws that stay the same; it counts as lower by a thousandth or more. 0: never.",
     )
     lora_rank: int = Field(
         0,
         ge=0,
         le=128,
-        description="Rank of a LoRA of the network's attention, learnt with the token. 0: none.",
+        description="Rank of a LoRA of the network's attention, learnt after the token, which then stays as it is, in "
+        "as many steps again. 0: none.",
     )
 
 
@@ -96,13 +101,13 @@ class GenerationParams(Params):
         "another for each image, evenly from 0 to 1.",
     )
     guidance: float | None = Field(
-        None, ge=1, le=30, description="Classifier-free guidance. Empty: that of the inversion."
+        None, ge=1, le=30, description="Classifier-free guidance. Empty: that of the inversion, else 7.5."
     )
     sampler: Literal["ddim", "dpm_solver++"] = Field(
         "ddim", description="ddim, or DPM-Solver++ of second order."
     )
     steps: int | None = Field(
-        None, ge=2, le=1000, description="Steps of the sampler. Empty: those of the inversion."
+        None, ge=2, le=1000, description="Steps of the sampler. Empty: those of the inversion, else 25."
     )
     batch_size: int = Field(32, ge=1, le=1024, description="Images made at once; halved where memory lacks.")
     size: int | None = Field(

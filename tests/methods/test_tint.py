@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 
 from models import generators, local, students
 from models.data import fewshot
-from models.generators import GeneratorSpec, Kind, generation, shards
+from models.generators import GeneratorSpec, Kind, generation, shards, textual_inversion
 from models.methods import METHODS
 from models.methods.tint import CHUNK, SelectionParams, Verdict
 from models.teachers import few_shot_head, labelling, questions
@@ -257,6 +258,56 @@ def test_a_low_rank_change_is_kept_with_the_token_and_changes_the_images(
     assert generation.read_tokens(run.folders["class_tokens"][0]).lora
     plain, changed = (shards.load(each.folders["synthetic"][0]) for each in (first, run))
     assert not torch.equal(plain.pixels, changed.pixels)
+
+
+def test_shards_find_the_generator_loaded_and_as_it_was(
+    images: Path, spec: GeneratorSpec, finished: tuple[Path, local.LocalRun], tmp_path: Path
+) -> None:
+    """The shards of this run follow those of classes whose LoRA changed the same generator."""
+    out, _ = finished
+    kept = generators.kept(spec)
+    strong = distil(images, spec, out, "synthetic", textual_inversion={"lora_rank": 2, "lr": 0.1})
+    assert generators.kept(spec) is kept
+    params = TINT.resolve("draft", QUICK).generation  # type: ignore[attr-defined]
+    for label, folder in enumerate(strong.folders["class_tokens"]):
+        learnt = generation.read_tokens(folder)
+        inversions = generation.read_inversions(strong.folders["inversions"][label])
+        made = shards.load(strong.folders["synthetic"][label])
+        seeds = made.seed[: params.batch_size].tolist()
+        with textual_inversion.adapted(generators.load(spec), learnt.lora) as fresh:
+            again = generation.make(fresh, learnt, inversions, label, seeds, params)
+        assert (again.pixels.int() - made.pixels[: len(seeds)].int()).abs().max() <= 1
+    state, wanted = kept.unet.state_dict(), generators.load(spec).unet.state_dict()
+    assert state.keys() == wanted.keys()
+    assert all(torch.equal(value, wanted[name]) for name, value in state.items())
+
+
+def test_a_generator_is_kept_until_another_is_asked_for(spec: GeneratorSpec) -> None:
+    kept = generators.kept(spec)
+    assert generators.kept(spec.model_copy()) is kept
+    other = spec.model_copy(update={"revision": "2"})  # other weights, by their owner's word
+    assert generators.kept(other) is not kept
+    again = generators.kept(spec)
+    assert again is not kept
+    generators.release()
+    assert generators.kept(spec) is not again
+
+
+def test_one_image_of_a_class_is_enough_whatever_its_size_and_mode(
+    images: Path, spec: GeneratorSpec, tmp_path: Path
+) -> None:
+    """Grey, with a palette, half transparent; one is far smaller than the generator's images."""
+    odd = {"blue": ("L", (9, 60)), "green": ("P", (3, 5)), "red": ("RGBA", (120, 31))}
+    root = tmp_path / "images"
+    shutil.copytree(images / "test", root / "test")
+    for name, (mode, size) in odd.items():
+        (root / name).mkdir()
+        Image.new(mode, size, (200, 30, 40, 128) if mode == "RGBA" else 90).save(root / name / "only.png")
+    run = distil(root, spec, tmp_path / "out", "bundle")
+    assert set(shards.column(run.folders["synthetic"], "first").tolist()) == {0, 1, 2}
+    report = json.loads((run.folder("report") / "report.json").read_text())
+    assert (report["classes"], report["generator"]["images"]) == (list(CLASSES), 3 * MADE)
+    assert (run.folder("bundle") / "bundle.zip").is_file()
 
 
 def test_a_fold_leaves_out_the_images_made_of_those_that_it_holds_back(

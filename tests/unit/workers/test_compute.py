@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +21,7 @@ import pytest
 from app import storage
 from app.settings import Settings
 from app.storage import LocalStore
+from models import generators
 from models.errors import DataError, TryAgain
 from models.methods import METHODS
 from models.pipeline import Method, Params, Stage, StageContext
@@ -105,6 +107,18 @@ class Bench:
 @pytest.fixture
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
     return Bench(tmp_path, monkeypatch)
+
+
+def test_a_stage_that_reads_no_generator_gets_the_memory_of_the_one_before(bench: Bench) -> None:
+    class Large:
+        """Stands for a generator's networks."""
+
+    large = Large()
+    generators._kept["large", "cpu"] = large  # type: ignore[assignment]
+    freed = weakref.ref(large)
+    del large
+    bench.run(lambda context, params: None)
+    assert freed() is None
 
 
 def test_a_stage_gets_what_it_declares_and_nothing_else(bench: Bench) -> None:

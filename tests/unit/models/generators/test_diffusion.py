@@ -348,6 +348,26 @@ def test_where_memory_is_full_the_batch_halves_and_the_work_goes_on() -> None:
     assert max(tried) <= 2
 
 
+def test_samples_are_made_in_smaller_batches_where_memory_is_full(model: Diffusion) -> None:
+    """The allocator refuses more than two images at once: four rows, with and without the prompt."""
+    start, prompts = noise(model, 5), conditions(model, "red", "blue", "green", "red", "object")
+    most = [4]
+
+    def refuse(module: Any, inputs: Any) -> None:
+        if len(inputs[0]) > most[0]:
+            torch.empty(NO_MACHINE_HAS, dtype=torch.uint8)
+
+    def made() -> Tensor:
+        return model.sample(start, prompts, nulls(model, 5), steps=2, guidance=3.0)
+
+    whole = made()
+    model.unet.register_forward_pre_hook(refuse)
+    assert torch.allclose(made(), whole, atol=1e-4)
+    most[0] = 1
+    with pytest.raises(GeneratorError, match="does not hold the work on one image"):
+        made()
+
+
 def test_where_a_single_image_does_not_fit_the_error_says_so() -> None:
     with pytest.raises(GeneratorError, match="memory does not hold the work on one image"):
         list(Batches(4).of(4, lambda rows: torch.empty(NO_MACHINE_HAS, dtype=torch.uint8)))

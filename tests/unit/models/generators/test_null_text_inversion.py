@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from models.errors import DataError, TrainingError
 from models.generators import diffusion
 from models.generators.diffusion import Diffusion, psnr
 from models.generators.null_text_inversion import Inversions, invert, trajectory
+from models.local import FolderCheckpoints
 from models.methods.tint import NullTextInversionParams
 from tests import tiny_diffusion
 
@@ -35,10 +37,27 @@ def conditions(model: Diffusion, *words: str) -> Tensor:
         return model.embed_prompts(model.prompt(PROMPT), torch.stack([model.rows_of(word) for word in words]))
 
 
-def inverted(model: Diffusion, rows: slice = slice(None), batch_size: int = 16, **params: Any) -> Inversions:
-    chosen = NullTextInversionParams(**{"steps": 8, **params})
+def inverted(
+    model: Diffusion,
+    rows: slice = slice(None),
+    batch_size: int = 16,
+    checkpoints: FolderCheckpoints | None = None,
+    stop_at: int | None = None,
+    **params: Any,
+) -> Inversions:
+    def report(step: int, total: int, **metrics: float) -> None:
+        silent(step, total)
+        if step == stop_at:
+            raise KeyboardInterrupt
+
     return invert(
-        model, SUPPORTS[rows], conditions(model, *WORDS[rows]), chosen, report=silent, batch_size=batch_size
+        model,
+        SUPPORTS[rows],
+        conditions(model, *WORDS[rows]),
+        NullTextInversionParams(**{"steps": 8, **params}),
+        report=report,
+        checkpoints=checkpoints,
+        batch_size=batch_size,
     )
 
 
@@ -54,6 +73,16 @@ class Passes:
     def __init__(self, model: Diffusion) -> None:
         self.rows: list[int] = []
         model.unet.register_forward_pre_hook(lambda module, inputs: self.rows.append(len(inputs[0])))
+
+
+def refuse_more_than(rows: int) -> Callable[[Any, Any], None]:
+    """A hook under which the allocator really refuses, whenever more rows pass a module."""
+
+    def refuse(module: Any, inputs: Any) -> None:
+        if len(inputs[0]) > rows:
+            torch.empty(NO_MACHINE_HAS, dtype=torch.uint8)
+
+    return refuse
 
 
 def test_null_text_reconstructs_as_well_as_the_autoencoder_and_plain_guidance_does_not(
@@ -94,6 +123,42 @@ def test_images_inverted_together_are_as_each_alone(either_model: Diffusion) -> 
 def test_batches_of_another_size_change_nothing(model: Diffusion) -> None:
     whole, parts = inverted(model, steps=4), inverted(model, steps=4, batch_size=3)
     for name, value in vars(parts).items():
+        assert torch.allclose(getattr(whole, name), value, rtol=1e-3, atol=1e-3), name
+
+
+@pytest.mark.parametrize(
+    ("mode", "stop_at", "passes_left"),
+    [("null_text", 14, 2 * 4 + 4 + 4 * 4), ("null_text", 30, 2 * 4), ("negative_prompt", 18, 8)],
+)
+def test_a_killed_run_goes_on_to_the_same_inversions(
+    model: Diffusion, tmp_path: Path, mode: str, stop_at: int, passes_left: int
+) -> None:
+    """Of two batches over 4 timesteps, with 4 passes at each on the way back.
+
+    Killed there, with a checkpoint after timestep 2, in the first batch or in the second; or, where the way back is
+    quick, on the way up of the second.
+    """
+    common: dict[str, Any] = {
+        "mode": mode, "steps": 4, "inner_steps": 2, "tolerance": 0, "batch_size": 2
+    }  # fmt: skip
+    whole = inverted(model, **common)
+    kept = FolderCheckpoints(tmp_path, every=0)
+    with pytest.raises(KeyboardInterrupt):
+        inverted(model, **common, checkpoints=kept, stop_at=stop_at)
+    passes = Passes(model)
+    resumed = inverted(model, **common, checkpoints=kept)
+    assert len(passes.rows) == passes_left
+    for name, value in vars(resumed).items():
+        assert torch.equal(getattr(whole, name), value), name
+
+
+def test_a_run_that_goes_on_with_less_memory_gives_the_same(model: Diffusion, tmp_path: Path) -> None:
+    whole, kept = inverted(model, steps=3), FolderCheckpoints(tmp_path, every=0)
+    with pytest.raises(KeyboardInterrupt):
+        inverted(model, steps=3, checkpoints=kept, stop_at=20)
+    model.unet.register_forward_pre_hook(refuse_more_than(1))
+    resumed = inverted(model, steps=3, checkpoints=kept)
+    for name, value in vars(resumed).items():
         assert torch.allclose(getattr(whole, name), value, rtol=1e-3, atol=1e-3), name
 
 
@@ -183,14 +248,8 @@ def test_one_image_far_smaller_than_the_model_is_inverted_at_its_resolution(mode
 
 
 def test_where_memory_is_full_the_batch_halves_and_the_result_is_the_same(model: Diffusion) -> None:
-    """The allocator really refuses, whenever more than two rows pass the UNet."""
     whole = inverted(model, steps=3)
-
-    def refuse(module: Any, inputs: Any) -> None:
-        if len(inputs[0]) > 2:
-            torch.empty(NO_MACHINE_HAS, dtype=torch.uint8)
-
-    model.unet.register_forward_pre_hook(refuse)
+    model.unet.register_forward_pre_hook(refuse_more_than(2))
     halved = inverted(model, steps=3)
     for name, value in vars(halved).items():
         assert torch.allclose(getattr(whole, name), value, rtol=1e-3, atol=1e-3), name

@@ -16,8 +16,10 @@ from models.generators.textual_inversion import (
     CHECK_EVERY,
     _Learned,
     _Objective,
+    adapted,
     apply_adapter,
     draw,
+    learn,
     learn_adapter,
     learn_tokens,
 )
@@ -31,16 +33,20 @@ SHORT = TextualInversionParams(steps=50, batch_size=8, lr=5e-2, patience=0)
 
 
 class Curve:
-    """What was reported."""
+    """The losses that were reported, and the `first` step that was."""
 
     def __init__(self, stop_at: int | None = None) -> None:
+        self.first = 10**9
         self.steps: list[int] = []
         self.losses: list[float] = []
         self.stop_at = stop_at
 
     def __call__(self, step: int, total: int, **metrics: float) -> None:
-        self.steps.append(step)
-        self.losses.append(metrics["loss"])
+        assert 0 <= step <= total
+        self.first = min(step, self.first)
+        if metrics:
+            self.steps.append(step)
+            self.losses.append(metrics["loss"])
         if step == self.stop_at:
             raise KeyboardInterrupt
 
@@ -106,6 +112,23 @@ def test_a_killed_run_goes_on_to_the_same_token(model: Diffusion, tmp_path: Path
     resumed = learn_tokens(model, SUPPORTS, SHORT, seed=3, report=second, checkpoints=kept)
     assert second.steps == [25, 50]
     assert torch.equal(resumed, whole)
+
+
+@pytest.mark.parametrize("stop_at", [10, 40])
+def test_a_killed_run_goes_on_to_the_same_token_and_adapter(
+    model: Diffusion, tmp_path: Path, stop_at: int
+) -> None:
+    """In the token's 25 steps, and in the adapter's 25 after them; then no token is learned again."""
+    params = SHORT.model_copy(update={"steps": 25, "lora_rank": 2})
+    tokens, adapter = learn(model, SUPPORTS, params, seed=3, report=Curve())
+    kept, first, second = FolderCheckpoints(tmp_path, every=0), Curve(stop_at), Curve()
+    with pytest.raises(KeyboardInterrupt):
+        learn(model, SUPPORTS, params, seed=3, report=first, checkpoints=kept)
+    again, adapter_again = learn(model, SUPPORTS, params, seed=3, report=second, checkpoints=kept)
+    assert second.first == stop_at
+    assert torch.equal(again, tokens)
+    assert adapter.keys() == adapter_again.keys()
+    assert all(torch.equal(value, adapter_again[name]) for name, value in adapter.items())
 
 
 def test_it_stops_where_the_loss_falls_no_more(model: Diffusion) -> None:
@@ -196,6 +219,27 @@ def test_an_adapter_lowers_the_loss_and_leaves_the_model_as_it_was(either_model:
     apply_adapter(model, adapter)
     found = objective.checked(_Learned(tokens, []), 0)
     assert found == pytest.approx(min(curve.losses), rel=2e-3)
+
+
+def test_a_model_that_was_adapted_is_as_it_was(model: Diffusion) -> None:
+    """Also after work that failed."""
+    params = SHORT.model_copy(update={"steps": 25, "lora_rank": 2, "lr": 1e-1})
+    _, adapter = learn(model, SUPPORTS, params, seed=0, report=Curve())
+    before, start = weights(model), torch.randn(1, *model.latent_shape)
+
+    def predicted() -> Tensor:
+        with torch.no_grad():
+            return model.predict(start, 500, model.unconditional())
+
+    plain = predicted()
+    with adapted(model, adapter):
+        assert not torch.allclose(predicted(), plain, atol=1e-3)
+    with adapted(model, {}):
+        assert torch.equal(predicted(), plain)
+    with pytest.raises(DataError), adapted(model, adapter):
+        model.encode(SUPPORTS[0])
+    assert torch.equal(predicted(), plain)
+    assert weights(model).keys() == before.keys()
 
 
 def test_an_adapter_of_rank_zero_or_of_another_model_is_refused(model: Diffusion) -> None:
