@@ -86,7 +86,7 @@ def evaluate(
             shots=shots,
             method=chosen.name,
             teacher=_teacher(teacher, chosen),
-            student=students.spec_of(student).name,
+            student=students.checked(student, chosen.student),
             params=_params(chosen, preset, param),
             seed=seed,
             generator=_generator(generator, chosen),
@@ -136,7 +136,8 @@ def _teacher(name: str | None, method: Method) -> known_teachers.TeacherSpec:
 
     known = catalogue(Settings())  # with the operator's own
     if name is None:
-        here = (spec for spec in known.values() if known_teachers.availability(spec).available)
+        able = (spec for spec in known.values() if method.needs <= spec.offers)
+        here = (spec for spec in able if known_teachers.availability(spec).available)
         spec = next(here, None)
         if spec is None:
             raise TeacherError(

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from models import generators
+from models import generators, students
 from models.data import archive, fewshot
 from models.generators import GENERATORS, GeneratorSpec
 from models.methods import METHODS
@@ -80,6 +80,7 @@ def run(
     """
     method = METHODS[method] if isinstance(method, str) else method
     teacher = TEACHERS[teacher] if isinstance(teacher, str) else teacher
+    students.checked(student, method.student)
     params = params or method.resolve(preset, {})
     documents: dict[str, Any] = {"teacher": teacher.model_dump(mode="json"), "student": {"name": student}}
     if method.reads("generator"):

@@ -38,6 +38,7 @@ class TeacherOutput(StrEnum):
     PROBABILITIES = "probabilities"
     FEATURES = "features"
     WEIGHTS = "weights"
+    TOKENS = "tokens"  # of the blocks of a vision transformer
 
 
 @dataclass(frozen=True)
@@ -192,6 +193,8 @@ class Method:
     )  # preset -> nested parameter values
     #: Most questions that a job puts to its teacher, from its shape and all parameters. None: it asks no black box.
     queries: Callable[[JobShape, Any], int] | None = None
+    #: The one student of this method, which it makes of the teacher. None: any of `models.students.STUDENTS`.
+    student: str | None = None
 
     def __post_init__(self) -> None:
         made = set(SOURCES)

@@ -80,6 +80,7 @@ def _method(name: str) -> MethodAnswer:
         title=method.title,
         source=method.source,
         needs=sorted(method.needs),
+        student=method.student,
         stages=[_stage(stage) for stage in method.stages],
         presets={name: dict(values) for name, values in method.presets.items()},
         params=method.params.model_json_schema(),

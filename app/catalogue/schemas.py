@@ -24,6 +24,9 @@ class MethodAnswer(Answer):
     title: str
     source: str = Field(description="The paper.")
     needs: list[str] = Field(description="What it asks of a teacher; a teacher's `offers` must include them.")
+    student: str | None = Field(
+        description="The one student that it makes, out of its teacher. Null: any of GET /v1/architectures."
+    )
     stages: list[StageAnswer]
     presets: dict[str, dict[str, Any]] = Field(
         description="What each preset sets; the rest keeps its default."

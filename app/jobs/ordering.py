@@ -21,7 +21,7 @@ from app.wiring import Wiring
 from models.generators import DEFAULT, GeneratorSpec
 from models.methods import METHODS
 from models.pipeline import JobShape, Method, Params, PlannedStage, digest
-from models.students import STUDENTS
+from models.students import STUDENTS, choices
 from models.teachers import TeacherSpec
 
 _SOURCE_WORDS = {"support": "labelled images", "unlabelled": "unlabelled images", "test": "a test split"}
@@ -57,8 +57,7 @@ def choose(wiring: Wiring, principal: Principal, order: JobOrder) -> Choice:
     method = METHODS.get(order.method)
     if method is None:
         findings.append(_unknown("method", "/method", order.method, METHODS))
-    if order.student not in STUDENTS:
-        findings.append(_unknown("student", "/student", order.student, STUDENTS))
+    findings += _student_findings(order, method)
     teacher: Resolved | None = None
     try:
         with wiring.database.reading() as session:
@@ -113,12 +112,26 @@ def plan_work(session: Session, principal: Principal, order: JobOrder, choice: C
     )
 
 
+def _student_findings(order: JobOrder, method: Method | None) -> list[Finding]:
+    """What is wrong with the student: nobody has it, or not this method."""
+    known = {*STUDENTS, *(each.student for each in METHODS.values() if each.student)}
+    if order.student not in known:
+        return [_unknown("student", "/student", order.student, known)]
+    if method is None or order.student in choices(method.student):
+        return []
+    names = ", ".join(sorted(choices(method.student)))
+    detail = f"Method '{method.name}' cannot make a student '{order.student}'; it can make: {names}."
+    return [Finding("method_lacks_student", "/student", detail)]
+
+
 def _check_teacher(wiring: Wiring, order: JobOrder, method: Method, teacher: Resolved) -> None:
     missing = method.needs - teacher.spec.offers
     if missing:
+        known = teachers.catalogue(wiring.settings).values()
+        enough = sorted(spec.name for spec in known if method.needs <= spec.offers)
         raise Invalid(
             f"Method '{method.name}' needs {_words(missing)} of its teacher; '{order.teacher_id}' offers only "
-            f"{_words(teacher.spec.offers)}. Choose another teacher or method.",
+            f"{_words(teacher.spec.offers)}. Choose another method, or one of these teachers: {', '.join(enough)}.",
             code="teacher_offers_too_little",
         )
     reason = teacher.unusable

@@ -19,7 +19,10 @@ class JobOrder(Order):
     dataset_id: str = Field(description="From POST /v1/datasets.", examples=["ds_01k…"])
     teacher_id: str = Field(description="From GET /v1/teachers.", examples=["efficientnet_lite0"])
     method: str = Field("kd", description="From GET /v1/methods.")
-    student: str = Field(description="From GET /v1/architectures.", examples=["mobilenetv3_small_050"])
+    student: str = Field(
+        description="From GET /v1/architectures; of a method that makes one of its teacher, that `student`.",
+        examples=["mobilenetv3_small_050"],
+    )
     generator_id: str | None = Field(
         None, description="From GET /v1/generators; for methods that read one. Left out: 'embedded'."
     )

@@ -196,7 +196,8 @@ def run(
     student = students.load(made.folder("trained_student"), str(resolve_device(device)))
     started = time.monotonic()
     contents = ((path.name, path.read_bytes()) for path in episode.queries)
-    answers = predict(student.network, images.squares(contents, student.input_size)).argmax(1).tolist()
+    pixels = images.squares(contents, student.input_size)
+    answers = predict(student.network, pixels, student.mean, student.std).argmax(1).tolist()
     query_seconds = (time.monotonic() - started) / len(episode.queries)
     right = [
         student.classes[answer] == episode.classes[label]

@@ -66,6 +66,7 @@ def run(context: StageContext, params: EvaluationParams) -> None:
             "accuracy": _accuracy(labelled, labelled.student) if labelled else None,
             "parameters": export["parameters"],
             "bytes": export["bytes"],
+            **_shortened(context),
         },
         "teacher": {
             **asdict(facts),
@@ -317,6 +318,17 @@ def _generated(context: StageContext) -> dict[str, Any]:
     about = spec.model_dump(include={"name", "title", "revision", "licence", "licence_url"})
     made = {"images": len(kept), "kept": int(kept.sum())}
     return {"generator": {**about, "source": spec.source if spec.kind == "hub" else spec.kind, **made}}
+
+
+def _shortened(context: StageContext) -> dict[str, Any]:
+    """Under "shortened": what a student that is made of its teacher's blocks has of it. Empty for any other."""
+    backbone = _read(context.folder("trained_student") / "student.json").get("backbone")
+    if backbone is None:
+        return {}
+    trained_with, shortening = backbone["trained_with"], backbone["shortening"]
+    about = {name: shortening[name] for name in ("kept", "depth", "rule")}
+    learnt = {name: trained_with[name] for name in ("adaptation", "rank")}
+    return {"shortened": {**about, **learnt, "interpolated_from": backbone["interpolated_from"]}}
 
 
 def _session(context: StageContext, file: str) -> onnxruntime.InferenceSession:

@@ -211,6 +211,9 @@ def _data(report: Report, teacher: AnyTeacher) -> str:
     if report["evaluation"]["kind"] == "held_out":
         apart, learned = f"{report['evaluation']['images']} of them were held out", "the others"
     how = f"Besides, it learned from the answers of {plain(teacher.title)}, which saw data of its own before"
+    shortened = report["student"].get("shortened")
+    if shortened:
+        how = _shortened(shortened, report["student"]["input_size"], teacher)
     if report["teacher"]["black_box"]:
         how = (
             f"It learned what {plain(teacher.title)} answers to {learned} and to any images that were made from them;"
@@ -229,6 +232,23 @@ def _data(report: Report, teacher: AnyTeacher) -> str:
     )
 
 
+def _shortened(about: Mapping[str, Any], input_size: int, teacher: AnyTeacher) -> str:
+    """What a student has of the vision transformer that it is made of."""
+    kept = ", ".join(str(block + 1) for block in about["kept"])
+    how = (
+        f"Besides, it is made of {plain(teacher.title)}, which saw data of its own before: of its {about['depth']}"
+        f" blocks it has {len(about['kept'])} ({kept})"
+    )
+    if about["adaptation"] != "none":
+        how += "; it learned to give the tokens that the whole network gives to these images"
+    if about["interpolated_from"]:
+        how += (
+            f"; the position embedding was interpolated from images of {about['interpolated_from']} pixels to"
+            f" {input_size}"
+        )
+    return how
+
+
 def _licences(report: Report, teacher: AnyTeacher) -> str:
     images = "The labelled images" if report["data"]["support"] else "The images"
     rest = f" {images} remain under whatever terms their owner has. `predict.py` may be used freely.\n"
@@ -237,6 +257,11 @@ def _licences(report: Report, teacher: AnyTeacher) -> str:
         rest = (
             f" The generator's weights ({generator['source']}): {generator['licence']}, {generator['licence_url']};"
             " the same holds for them, as the student learned from their images." + rest
+        )
+    if isinstance(teacher, TeacherSpec) and "shortened" in report["student"]:
+        return (
+            f"The teacher's weights ({teacher.source}): {teacher.licence}, {teacher.licence_url}. The student is made"
+            " of these weights, changed: their licence holds for it." + rest
         )
     if isinstance(teacher, TeacherSpec):
         return (

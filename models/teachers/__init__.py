@@ -24,6 +24,8 @@ Kind = Literal["efficientnet_lite", "embedded", "timm", "transformers"]
 _NETWORK_OUTPUTS = frozenset(
     {TeacherOutput.LABELS, TeacherOutput.PROBABILITIES, TeacherOutput.FEATURES, TeacherOutput.WEIGHTS}
 )
+#: Whether timm or transformers build a vision transformer is seen when it is loaded: till then it may be one.
+_PERHAPS_TOKENS = _NETWORK_OUTPUTS | {TeacherOutput.TOKENS}
 _PACKAGE = Path(__file__).resolve().parents[1]
 _PINNED = re.compile(r"[0-9a-f]{40}")
 _HUB_SECONDS = 3.0  # how long to wait for the hub to say whether it has a teacher
@@ -51,7 +53,7 @@ class TeacherSpec(BaseModel):
     embedding_dim: int = Field(ge=1)
     licence: str
     licence_url: str
-    offers: frozenset[TeacherOutput] = _NETWORK_OUTPUTS
+    offers: frozenset[TeacherOutput] = _PERHAPS_TOKENS
     resident_mib: int = Field(0, ge=0, description="Memory that the loaded network takes, as a hint.")
 
     @field_serializer("offers")
@@ -100,6 +102,7 @@ def _efficientnet_lite(number: int, input_size: int, parameters: int) -> Teacher
         embedding_dim=1280,
         licence="Apache-2.0",
         licence_url="https://github.com/tensorflow/tpu/blob/master/LICENSE",
+        offers=_NETWORK_OUTPUTS,
         resident_mib=parameters * 4 // 2**20 + 1,
     )
 

@@ -71,11 +71,16 @@ def cross_validate(context: StageContext, params: DistillationParams) -> None:
 
 
 @torch.inference_mode()
-def predict(network: nn.Module, pixels: Pixels) -> Probabilities:
+def predict(
+    network: nn.Module,
+    pixels: Pixels,
+    mean: tuple[float, float, float] = images.MEAN,
+    std: tuple[float, float, float] = images.STD,
+) -> Probabilities:
     """Probabilities float32 [N, C], on the CPU, of a trained student for images of its own size."""
     device = next(network.parameters()).device
     rows: list[Tensor] = [
-        network(images.normalise(part.to(device).float() / 255)).float().softmax(-1).cpu()
+        network(images.normalise(part.to(device).float() / 255, mean, std)).float().softmax(-1).cpu()
         for part in torch.split(pixels, _BATCH)
     ]
     return torch.cat(rows)

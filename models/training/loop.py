@@ -24,6 +24,7 @@ class Schedule:
     lr: float
     weight_decay: float
     ema_decay: float
+    betas: tuple[float, float] = optimiser.BETAS
 
 
 def fit(
@@ -40,7 +41,7 @@ def fit(
     """
     device = next(network.parameters()).device
     average = optimiser.WeightAverage(network, schedule.ema_decay)
-    adamw = optimiser.adamw(network, schedule.lr, schedule.weight_decay)
+    adamw = optimiser.adamw(network, schedule.lr, schedule.weight_decay, schedule.betas)
     folder = checkpoints.latest()
     state = checkpoint.restore(folder, network, average.network, adamw) if folder else (0, [])
     start, history = state

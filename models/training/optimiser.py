@@ -13,12 +13,18 @@ _WARM_UP = 0.15  # share of the steps
 _FIRST, _LAST = 1 / 25, 1e-4  # of the highest rate
 
 
-def adamw(network: nn.Module, lr: float, weight_decay: float) -> Optimizer:
+#: torch's own decay rates of AdamW's two running means.
+BETAS = (0.9, 0.999)
+
+
+def adamw(
+    network: nn.Module, lr: float, weight_decay: float, betas: tuple[float, float] = BETAS
+) -> Optimizer:
     """AdamW (Loshchilov & Hutter, arXiv:1711.05101); biases and norms do not decay."""
     weights = [parameter for parameter in network.parameters() if parameter.ndim > 1]
     others = [parameter for parameter in network.parameters() if parameter.ndim <= 1]
     groups = [{"params": weights, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return AdamW(groups, lr=lr)
+    return AdamW(groups, lr=lr, betas=betas)
 
 
 def one_cycle(step: int, steps: int, highest: float) -> float:

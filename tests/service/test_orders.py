@@ -118,6 +118,39 @@ def test_a_black_box_cannot_teach_by_a_method_that_looks_inside(
     assert "offers only labels" in problem["detail"]
 
 
+@pytest.mark.parametrize(
+    ("method", "student", "code", "words"),
+    [
+        ("wecolora", "conv4", "method_lacks_student", "'conv4'; it can make: shortened_vit."),
+        ("kd", "shortened_vit", "method_lacks_student", "'shortened_vit'; it can make: conv4,"),
+        ("kd", "conv5", "unknown_student", "there are: conv4,"),
+    ],
+)  # fmt: skip
+def test_a_student_that_the_method_cannot_make_is_refused_with_those_that_it_can(
+    client: httpx.Client, dataset: str, method: str, student: str, code: str, words: str
+) -> None:
+    order = {"dataset_id": dataset, "teacher_id": "dinov2_small", "method": method, "student": student}
+    problem = client.post("/v1/jobs", json=order).json()
+    assert (problem["status"], problem["code"]) == (422, code)
+    assert problem["errors"][0]["pointer"] == "/student"
+    assert words in problem["detail"]
+
+
+def test_a_network_that_is_no_vision_transformer_cannot_be_shortened(
+    client: httpx.Client, dataset: str
+) -> None:
+    order = {
+        "dataset_id": dataset,
+        "teacher_id": "efficientnet_lite0",
+        "method": "wecolora",
+        "student": client.get("/v1/methods/wecolora").json()["student"],
+    }
+    problem = refused(client, order)
+    assert problem["code"] == "teacher_offers_too_little"
+    assert "needs tokens of its teacher" in problem["detail"]
+    assert "one of these teachers: dinov2_base, dinov2_small" in problem["detail"]
+
+
 def test_images_without_labels_need_a_method_and_a_teacher_that_need_none(
     client: httpx.Client, wiring: Wiring
 ) -> None:

@@ -1,0 +1,256 @@
+"""SHORTEN and DISTILL_TOKENS: leave out blocks of a vision transformer, then teach it the tokens of the whole.
+
+Source: Grigore et al. (WeCoLoRA), arXiv:2404.09326, section 3: mean absolute error of all last-block tokens, no labels.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from models import teachers
+from models.arrays import Images, Pixels
+from models.data import augment, images
+from models.methods.wecolora import BlocksParams, TokenDistillationParams
+from models.pipeline import Checkpoints, Report, StageContext
+from models.runtime import autocast, generator, resolve_device
+from models.students import block_selection, shortened_vit, vit_families
+from models.students.shortened_vit import Backbone, Shortening, TokenTap
+from models.teachers.protocol import Teacher
+from models.training import distillation, low_rank, selection
+from models.training.checkpoint import History
+from models.training.loop import Schedule, fit
+
+_AT_ONCE = 64
+_LR, _LR_OF_ALL = 1e-3, 1e-4  # of low-rank updates; of full training
+_BETAS = (0.9, 0.95)  # as in the paper
+_RANK_SHARE, _RANK_STEP = 6, 8  # the default rank is a sixth of the width, in steps of 8
+
+
+def shorten(context: StageContext, params: BlocksParams) -> None:
+    """Choose the blocks to keep. Raises `TeacherError` for a teacher that is no vision transformer."""
+    teacher = teachers.load(
+        teachers.read_spec(context.folder("teacher")), str(resolve_device(context.device))
+    )
+    blocks = vit_families.blocks_of(teacher.network)
+    depth, r = len(blocks), params.r
+    if params.most_parameters is not None:
+        block = sum(value.numel() for value in blocks[0].parameters())
+        whole = sum(
+            value.numel() for value in shortened_vit.shorten(teacher.network, range(depth)).parameters()
+        )
+        r = block_selection.smallest_r(depth, whole - depth * block, block, params.most_parameters)
+    changes: list[float] = []
+    if params.rule == "first_of_group":
+        kept = block_selection.first_of_group(depth, r)
+    elif params.rule == "last_of_group":
+        kept = block_selection.last_of_group(depth, r)
+    else:
+        shown = _some_images(context, teacher.input_size, params.images)
+        change = TokenChange(teacher, shown)
+        kept, changes = block_selection.least_change(depth, r, change)
+    Shortening(kept, depth, params.rule, tuple(changes)).save(context.output)
+    context.report(1, 1, blocks=len(kept))
+
+
+class TokenChange:
+    """How far the last tokens of some of a teacher's blocks are from those of all: mean |difference| / mean |token|."""
+
+    def __init__(self, teacher: Teacher, pixels: Pixels) -> None:
+        self.network = teacher.network
+        device = next(teacher.network.parameters()).device
+        self.batches = [
+            images.normalise(part.to(device).float() / 255, teacher.mean, teacher.std)
+            for part in torch.split(pixels, _AT_ONCE)
+        ]
+        self.whole = list(self._tokens(self.network))
+        self.size = torch.stack([tokens.abs().mean() for tokens in self.whole]).mean()
+
+    def __call__(self, kept: block_selection.Kept) -> float:
+        short = shortened_vit.shorten(self.network, kept)
+        pairs = zip(self._tokens(short), self.whole, strict=True)
+        differences = torch.stack([(tokens - whole).abs().mean() for tokens, whole in pairs])
+        return float(differences.mean() / self.size)
+
+    @torch.inference_mode()
+    def _tokens(self, network: nn.Module) -> Iterator[Tensor]:
+        last = len(vit_families.blocks_of(network)) - 1
+        with TokenTap(network, [last]) as tap:
+            for batch in self.batches:
+                with autocast(batch.device):
+                    (tokens,) = tap(batch)
+                yield tokens.float()
+
+
+def distill(context: StageContext, params: TokenDistillationParams) -> None:
+    """Train the student without head. Writes what `shortened_vit.load_backbone` reads, and `history.json`."""
+    teacher = load_teacher(context, params)
+    shortening = Shortening.load(context.folder("shortened"))
+    pixels = read_pixels(context, teacher.input_size)
+    network, history = train(
+        teacher, shortening, pixels, params, context.seed, context.report, context.checkpoints
+    )
+    trained_with = {**params.model_dump(), "rank": rank_of(params, teacher), "seed": context.seed}
+    Backbone.of(teacher, network, shortening, trained_with).save(context.output)
+    (context.output / "history.json").write_text(json.dumps(history))
+
+
+def load_teacher(context: StageContext, params: TokenDistillationParams) -> Teacher:
+    """The teacher at the size of the student's images. Raises `TeacherError` where that does not fit its patches."""
+    spec = teachers.read_spec(context.folder("teacher"))
+    teacher = teachers.load(spec, str(resolve_device(context.device)), params.input_size)
+    shortened_vit.check_size(teacher)
+    return teacher
+
+
+def read_pixels(context: StageContext, size: int) -> Pixels:
+    """All images that there are to learn from, [N, 3, size, size]: labelled, unlabelled, kept synthetic ones."""
+    pixels, _ = distillation.read_images(context, size)
+    if "synthetic" not in context.inputs:
+        return pixels
+    index = selection.kept(context).nonzero()[:, 0]
+    return torch.cat([pixels, distillation.read_synthetic(context, index, size)])
+
+
+def train(
+    teacher: Teacher,
+    shortening: Shortening,
+    pixels: Pixels,
+    params: TokenDistillationParams,
+    seed: int,
+    report: Report,
+    checkpoints: Checkpoints,
+) -> tuple[nn.Module, History]:
+    """The shortened network, its updates folded in, and the training curve. `pixels`: [N, 3, S, S], S the teacher's."""
+    device = next(teacher.network.parameters()).device
+    student = Steady(copy.deepcopy(shortened_vit.shorten(teacher.network, shortening.kept)))
+    rank = rank_of(params, teacher)
+    low_rank.attach(student.network, params.adaptation, rank, generator(seed, "updates"))
+    if params.adaptation == "none":
+        return student.network, []
+    if device.type == "cpu":
+        _without_fused_attention(student.network)
+    places = range(len(shortening.kept)) if params.match == "all" else [len(shortening.kept) - 1]
+    targets = TeacherTokens(
+        teacher,
+        [shortening.matches[place] for place in places],
+        len(pixels) * params.views,
+        params.memory_mib,
+    )
+    pixels = pixels.to(device)
+
+    def loss_at(step: int) -> Tensor:
+        random = generator(seed, "batch", step)
+        seen, rows = _draw(pixels, params, random)
+        ready = images.normalise(seen, teacher.mean, teacher.std)
+        wanted = targets(rows, ready)
+        with TokenTap(student.network, places) as tap:
+            tokens = tap(ready)
+        return (torch.stack(tokens, 1).float() - wanted.float()).abs().mean()
+
+    low_rank.check_all_learn(student.network, lambda: loss_at(0))
+    lr = params.lr or (_LR_OF_ALL if params.adaptation == "full" else _LR)
+    schedule = Schedule(params.steps, lr, params.weight_decay, ema_decay=0.0, betas=_BETAS)
+    trained, history = fit(student, loss_at, schedule, report, checkpoints)
+    network: nn.Module = trained.network  # type: ignore[assignment]
+    low_rank.fold(network)
+    return network, history
+
+
+class Steady(nn.Module):
+    """A network that stays in evaluation mode while it is trained: dropout would only blur what it is to imitate."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.train(False)
+
+    def train(self, mode: bool = True) -> Steady:
+        return super().train(False)
+
+
+class TeacherTokens:
+    """The teacher's tokens after some of its blocks for each of `count` fixed views, made once and kept.
+
+    What does not fit into `memory_mib` is made anew each time. `asked` counts the views that the teacher has seen.
+    """
+
+    def __init__(self, teacher: Teacher, blocks: list[int], count: int, memory_mib: int) -> None:
+        self.teacher = teacher
+        self.blocks = blocks
+        self.asked = 0
+        self._known = torch.zeros(count, dtype=torch.bool)
+        self._most_bytes = memory_mib * 2**20
+        self._store: Tensor | None = None
+
+    def __call__(self, rows: Tensor, seen: Images) -> Tensor:
+        """float16 [B, blocks, T, D] of the normalised images `seen` [B, 3, S, S], which are the views `rows` [B].
+
+        A row of -1 is no fixed view: it is never kept.
+        """
+        known = (rows >= 0) & self._known[rows.clamp(min=0)] if len(self._known) else rows != rows
+        new = (~known).nonzero()[:, 0]
+        if len(new) == 0 and self._store is not None:
+            return self._store[rows.to(self._store.device)]
+        fresh = self._ask(seen[new.to(seen.device)])
+        store = self._keep(rows[new], fresh)
+        tokens = fresh.new_empty(len(rows), *fresh.shape[1:])
+        tokens[new.to(fresh.device)] = fresh
+        old = known.nonzero()[:, 0].to(fresh.device)
+        tokens[old] = store[rows.to(fresh.device)[old]]
+        return tokens
+
+    @torch.no_grad()
+    def _ask(self, seen: Images) -> Tensor:
+        self.asked += len(seen)
+        with TokenTap(self.teacher.network, self.blocks) as tap, autocast(seen.device):
+            parts = [torch.stack(tap(part), 1).half() for part in torch.split(seen, _AT_ONCE)]
+        return torch.cat(parts)
+
+    def _keep(self, rows: Tensor, fresh: Tensor) -> Tensor:
+        """Keep what there is room for; returns all that is kept."""
+        if self._store is None:
+            room = min(len(self._known), self._most_bytes // max(1, fresh[0].numel() * fresh.element_size()))
+            self._store = fresh.new_empty(room, *fresh.shape[1:])
+        chosen = ((rows >= 0) & (rows < len(self._store))).nonzero()[:, 0]
+        kept = rows[chosen]
+        self._store[kept.to(fresh.device)] = fresh[chosen.to(fresh.device)]
+        self._known[kept] = True
+        return self._store
+
+
+def rank_of(params: TokenDistillationParams, teacher: Teacher) -> int:
+    """The rank that is asked for, else about a sixth of the teacher's width: 128 of 768, 32 of 192."""
+    if params.rank is not None:
+        return params.rank
+    return max(_RANK_STEP, round(teacher.embedding_dim / _RANK_SHARE / _RANK_STEP) * _RANK_STEP)
+
+
+def _draw(pixels: Pixels, params: TokenDistillationParams, random: torch.Generator) -> tuple[Images, Tensor]:
+    """A batch of views [B, 3, S, S] in 0..1, and the row [B] of each among the fixed views; -1 where none are fixed."""
+    chosen = torch.randint(len(pixels), (params.batch_size,), generator=random)
+    shown = pixels[chosen.to(pixels.device)].float() / 255
+    if params.views == 0:
+        whole = torch.tensor([[0.0, 0.0, 1.0, 1.0, 0.0]]).expand(len(chosen), -1)
+        crops = augment.Augmentation(shift=0.0, crop=1 - params.smallest_crop, flip=True)
+        return crops(shown, whole, random), torch.full_like(chosen, -1)
+    number = torch.randint(params.views, (params.batch_size,), generator=random)
+    views = augment.view_boxes(chosen, number, params.smallest_crop)
+    return augment.look(shown, views), chosen * params.views + number
+
+
+def _some_images(context: StageContext, size: int, count: int) -> Pixels:
+    """Up to `count` images, evenly from the labelled and then the unlabelled ones."""
+    pixels, _ = distillation.read_images(context, size)
+    return pixels[torch.linspace(0, len(pixels) - 1, min(count, len(pixels))).long()]
+
+
+def _without_fused_attention(network: nn.Module) -> None:
+    """On a CPU its backward pass takes longer than the plain one where tokens are few."""
+    for module in network.modules():
+        if isinstance(getattr(module, "fused_attn", None), bool):
+            module.fused_attn = False  # type: ignore[assignment]

@@ -1,0 +1,248 @@
+"""The wecolora method, from a tiny random vision transformer and images to an ONNX file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from models import local, students, teachers
+from models.data import fewshot, images
+from models.errors import TeacherError, TrainingError
+from models.methods import METHODS
+from models.students import SHORTENED_VIT, shortened_vit
+from models.students.shortened_vit import Shortening
+from models.teachers import TeacherSpec
+from tests import tiny_vit
+
+WECOLORA = METHODS["wecolora"]
+CLASSES = ("blue", "green", "red")
+SHOTS = 4
+QUICK: dict[str, dict[str, Any]] = {
+    "teacher": {"views": 2},
+    "distillation": {"steps": 30, "batch_size": 8, "views": 3, "lr": 3e-3},
+    "student_head": {"views": 2},
+    "evaluation": {"latency_runs": 5},
+}
+
+
+def picture(random: np.random.Generator, label: int, side: int) -> Image.Image:
+    """A noisy colour field."""
+    pixels = random.integers(0, 90, (side, side, 3)) + np.eye(3, dtype=int)[2 - label] * 150
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """4 labelled and 4 test images of each of 3 classes, and 6 unlabelled ones."""
+    root = tmp_path_factory.mktemp("images")
+    random = np.random.default_rng(0)
+    for label, name in enumerate(CLASSES):
+        for index in range(2 * SHOTS):
+            place = root / name if index < SHOTS else root / "test" / name
+            place.mkdir(parents=True, exist_ok=True)
+            picture(random, label, 32 + 8 * (index % 3)).save(place / f"{index}.png")
+    (root / "unlabelled").mkdir()
+    for index in range(6):
+        picture(random, index % 3, 40).save(root / "unlabelled" / f"{index}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory: pytest.TempPathFactory) -> TeacherSpec:
+    return tiny_vit.write(tmp_path_factory.mktemp("teacher"))
+
+
+def distil(
+    splits: Path | dict[str, Path], spec: TeacherSpec, out: Path, *wanted: str, **changes: dict[str, Any]
+) -> local.LocalRun:
+    merged = {name: {**QUICK.get(name, {}), **changes.get(name, {})} for name in {*QUICK, *changes}}
+    params = WECOLORA.resolve("balanced", merged)
+    return local.run(
+        WECOLORA, splits, spec, SHORTENED_VIT, out, params=params, device="cpu", wanted=wanted or None
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(
+    folder: Path, spec: TeacherSpec, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, local.LocalRun]:
+    out = tmp_path_factory.mktemp("out")
+    return out, distil(folder, spec, out)
+
+
+def splits_of(run: local.LocalRun, *names: str) -> dict[str, Path]:
+    return {name: run.folder(name) for name in names}
+
+
+def test_a_job_runs_from_images_to_a_bundle(finished: tuple[Path, local.LocalRun]) -> None:
+    run = finished[1]
+    assert (run.folder("bundle") / "bundle.zip").is_file()
+    report = json.loads((run.folder("report") / "report.json").read_text())
+    assert report["student"]["name"] == SHORTENED_VIT
+    assert report["evaluation"]["kind"] == "test"
+    assert 1.5 < report["compression"]["parameters"] < 2  # half of the blocks, all of the stem
+    assert report["student"]["shortened"] == {
+        "kept": [1, 3, 5],
+        "depth": 6,
+        "rule": "last_of_group",
+        "adaptation": "enhanced_lora",
+        "rank": 8,
+        "interpolated_from": None,
+    }
+    card = (run.folder("bundle") / "MODEL_CARD.md").read_text()
+    assert "of its 6 blocks it has 3 (2, 4, 6); it learned to give the tokens" in card
+    assert "made of these weights, changed: their licence holds for it" in card
+    assert report["student"]["accuracy"]["value"] > 0.6  # colours are told apart by random features, too
+
+
+def test_the_onnx_file_answers_as_the_network_does(finished: tuple[Path, local.LocalRun]) -> None:
+    run = finished[1]
+    student = students.load(run.folder("trained_student"))
+    assert (student.mean, student.std) == (tiny_vit.MEAN, tiny_vit.STD)
+    session = onnxruntime.InferenceSession(run.folder("student_onnx") / "model.onnx")
+    pixels = fewshot.load(run.folder("test"), tiny_vit.SIDE).pixels
+    (scores,) = session.run(None, {"image": pixels.permute(0, 2, 3, 1).numpy()})
+    with torch.no_grad():
+        ready = images.normalise(pixels.float() / 255, student.mean, student.std)
+        expected = student.network(ready).softmax(1)
+    np.testing.assert_allclose(scores, expected.numpy(), atol=1e-5)
+
+
+def test_training_brings_the_tokens_nearer_to_the_teachers(finished: tuple[Path, local.LocalRun]) -> None:
+    history = json.loads((finished[1].folder("backbone") / "history.json").read_text())
+    assert history[-1]["loss"] < 0.95 * history[0]["loss"]
+
+
+def test_all_but_the_adapted_weights_are_the_teachers(
+    finished: tuple[Path, local.LocalRun], spec: TeacherSpec
+) -> None:
+    run = finished[1]
+    assert Shortening.load(run.folder("shortened")).kept == (1, 3, 5)
+    whole = load_file(Path(spec.source) / "model.safetensors")
+    short = load_file(run.folder("backbone") / "weights.safetensors")
+    assert {name.split(".")[1] for name in short if name.startswith("blocks.")} == {"0", "1", "2"}
+    for name, value in short.items():
+        parts = name.split(".")
+        if parts[0] == "blocks":
+            parts[1] = str(2 * int(parts[1]) + 1)
+        is_linear = parts[0] == "blocks" and value.dim() == 2
+        assert torch.equal(value, whole[".".join(parts)]) != is_linear, name
+
+
+def test_another_r_or_head_does_not_ask_the_teacher_again(
+    finished: tuple[Path, local.LocalRun], spec: TeacherSpec
+) -> None:
+    out, run = finished
+    splits = splits_of(run, "support", "unlabelled", "test")
+    fewer = distil(splits, spec, out, "trained_student", blocks={"r": 3, "rule": "first_of_group"})
+    assert (fewer.seconds["ask"], fewer.seconds["label"]) == (0.0, 0.0)
+    assert Shortening.load(fewer.folder("shortened")).kept == (0, 3)
+    probed = distil(splits, spec, out, "trained_student", student_head={"kind": "linear_probe"})
+    assert probed.seconds["distill_tokens"] == 0.0
+    networks = [students.load(each.folder("trained_student")).network for each in (run, probed)]
+    pixels = fewshot.load(run.folder("support"), tiny_vit.SIDE)
+    ready = images.normalise(pixels.pixels.float() / 255, tiny_vit.MEAN, tiny_vit.STD)
+    for network in networks:
+        assert (network(ready).argmax(1) == pixels.labels).float().mean() > 0.8
+
+
+@pytest.mark.parametrize(
+    ("adaptation", "match", "rule"),
+    [("full", "all", "influence"), ("dora", "last", "last_of_group"), ("none", "last", "first_of_group")],
+)
+def test_every_adaptation_gives_a_plain_network(
+    finished: tuple[Path, local.LocalRun], spec: TeacherSpec, adaptation: str, match: str, rule: str
+) -> None:
+    out, run = finished
+    made = distil(
+        splits_of(run, "support", "unlabelled", "test"),
+        spec,
+        out,
+        "trained_student",
+        blocks={"rule": rule, "images": 5},
+        distillation={"adaptation": adaptation, "match": match, "steps": 3},
+    )
+    usual = load_file(run.folder("trained_student") / "weights.safetensors")
+    found = load_file(made.folder("trained_student") / "weights.safetensors")
+    assert {name: value.shape for name, value in found.items()} == {
+        name: value.shape for name, value in usual.items()
+    }
+    shortening = Shortening.load(made.folder("shortened"))
+    assert len(shortening.kept) == 3
+    assert len(shortening.changes) == (3 if rule == "influence" else 0)
+
+
+def test_without_a_test_split_it_is_cross_validated(
+    finished: tuple[Path, local.LocalRun], spec: TeacherSpec, tmp_path: Path
+) -> None:
+    few = {"steps": 2, "batch_size": 4, "views": 1}
+    run = distil(splits_of(finished[1], "support"), spec, tmp_path, "report", distillation=few)
+    report = json.loads((run.folder("report") / "report.json").read_text())
+    assert report["evaluation"]["kind"] == "cross_validation"
+    assert (report["evaluation"]["images"], report["evaluation"]["folds"]) == (12, SHOTS)
+
+
+def test_a_smaller_student_than_its_teacher_sees_smaller_images(
+    finished: tuple[Path, local.LocalRun], spec: TeacherSpec, tmp_path: Path
+) -> None:
+    run = distil(
+        splits_of(finished[1], "support", "test"),
+        spec,
+        tmp_path,
+        "trained_student",
+        teacher={"input_size": 48},
+        distillation={"input_size": 40, "steps": 2},
+    )
+    assert students.load(run.folder("trained_student")).input_size == 40
+    assert shortened_vit.load_backbone(run.folder("backbone")).interpolated_from == tiny_vit.SIDE
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"blocks": {"r": 7}}, TrainingError, "the teacher has 6 blocks: one of every 7 cannot be kept"),
+        ({"blocks": {"most_parameters": 10}}, TrainingError, "at most 10 parameters: with one block it has"),
+        ({"distillation": {"rank": 49}}, TrainingError, "rank 49 is more than the teacher's layers have: 48"),
+        (
+            {"distillation": {"input_size": 36}},
+            TeacherError,
+            "36 pixels do not divide into the teacher's patches",
+        ),
+    ],
+)
+def test_what_cannot_be_done_is_said_clearly(
+    finished: tuple[Path, local.LocalRun],
+    spec: TeacherSpec,
+    changes: dict[str, dict[str, Any]],
+    error: type[Exception],
+    words: str,
+) -> None:
+    out, run = finished
+    with pytest.raises(error, match=words):
+        distil(splits_of(run, "support"), spec, out, "backbone", **changes)
+
+
+def test_a_teacher_that_is_no_vision_transformer_is_refused(
+    finished: tuple[Path, local.LocalRun], tmp_path: Path
+) -> None:
+    splits = splits_of(finished[1], "support")
+    teacher = teachers.TEACHERS["efficientnet_lite0"]
+    assert not WECOLORA.needs <= teacher.offers
+    with pytest.raises(TeacherError, match="only a vision transformer can be shortened") as caught:
+        distil(splits, teacher, tmp_path, "shortened")
+    assert "timm's VisionTransformer" in caught.value.hint
+
+
+def test_the_student_belongs_to_this_method_alone(folder: Path, spec: TeacherSpec, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="this method has no student 'conv4'"):
+        local.run(WECOLORA, folder, spec, "conv4", tmp_path)
+    with pytest.raises(TrainingError, match=f"there is no student '{SHORTENED_VIT}'"):
+        local.run("kd", folder, spec, SHORTENED_VIT, tmp_path)

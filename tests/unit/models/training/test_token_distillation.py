@@ -1,0 +1,157 @@
+"""The teacher's tokens are made once, training goes on where it stopped, and heads fit the student's features."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional
+
+from models import teachers
+from models.data import augment, images
+from models.local import FolderCheckpoints
+from models.methods.wecolora import TokenDistillationParams
+from models.runtime import generator
+from models.students import shortened_vit
+from models.students.shortened_vit import Shortening, TokenTap
+from models.teachers.protocol import Teacher
+from models.training import linear_probe, token_distillation
+from models.training.loop import NoCheckpoints
+from models.training.token_distillation import TeacherTokens
+from tests import tiny_vit
+
+LAST = tiny_vit.DEPTH - 1
+PIXELS = torch.randint(
+    0, 256, (6, 3, tiny_vit.SIDE, tiny_vit.SIDE), dtype=torch.uint8, generator=generator(0)
+)
+SHORTENING = Shortening((1, 3, 5), tiny_vit.DEPTH, "last_of_group")
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Teacher:
+    return teachers.load(tiny_vit.write(tmp_path_factory.mktemp("teacher")))
+
+
+def quiet(step: int, total: int, **metrics: float) -> None:
+    return None
+
+
+def params(**changes: Any) -> TokenDistillationParams:
+    return TokenDistillationParams(**{"steps": 12, "batch_size": 4, "views": 2, **changes})
+
+
+@pytest.mark.parametrize("memory_mib", [64, 0])
+def test_a_view_is_shown_to_the_teacher_once_where_its_tokens_fit(teacher: Teacher, memory_mib: int) -> None:
+    tokens = TeacherTokens(teacher, [2, LAST], 4, memory_mib)
+    seen = images.normalise(PIXELS[:4].float() / 255, teacher.mean, teacher.std)
+    with torch.no_grad(), TokenTap(teacher.network, [2, LAST]) as tap:
+        expected = torch.stack(tap(seen), 1)
+    for rows in ([0, 1], [1, 2, 0], [3, 3], [0, 1, 2, 3]):
+        found = tokens(torch.tensor(rows), seen[rows]).float()
+        torch.testing.assert_close(found, expected[rows], rtol=2e-3, atol=2e-3)
+    assert tokens.asked == (5 if memory_mib else 11)  # row 3 comes twice in the batch in which it is new
+
+
+def test_new_crops_are_never_kept(teacher: Teacher) -> None:
+    tokens = TeacherTokens(teacher, [LAST], 0, 64)
+    seen = images.normalise(PIXELS[:2].float() / 255, teacher.mean, teacher.std)
+    for _ in range(2):
+        assert tokens(torch.tensor([-1, -1]), seen).shape[:2] == (2, 1)
+    assert tokens.asked == 4
+
+
+def test_fixed_views_are_those_that_the_teacher_was_shown() -> None:
+    seen, rows = token_distillation._draw(PIXELS, params(views=3, batch_size=8), generator(5))
+    image, number = rows // 3, rows % 3
+    boxes = augment.view_boxes(image, number, 0.2)
+    torch.testing.assert_close(seen, augment.look(PIXELS[image].float() / 255, boxes))
+    fresh, none = token_distillation._draw(PIXELS, params(views=0, batch_size=8), generator(5))
+    assert (none == -1).all()
+    assert fresh.shape == seen.shape
+
+
+@pytest.mark.parametrize("views", [0, 2])
+@pytest.mark.parametrize("adaptation", ["enhanced_lora", "full"])
+def test_training_that_was_stopped_goes_on_to_the_same_student(
+    teacher: Teacher, tmp_path: Path, adaptation: str, views: int
+) -> None:
+    wanted = params(adaptation=adaptation, views=views)
+
+    def train(checkpoints: Any, report: Callable[..., None] = quiet) -> dict[str, torch.Tensor]:
+        network, _ = token_distillation.train(teacher, SHORTENING, PIXELS, wanted, 3, report, checkpoints)
+        return network.state_dict()
+
+    class Stopped(Exception):
+        pass
+
+    def stop(step: int, total: int, **metrics: float) -> None:
+        raise Stopped
+
+    whole = train(NoCheckpoints())
+    checkpoints = FolderCheckpoints(tmp_path, every=0)
+    with pytest.raises(Stopped):
+        train(checkpoints, stop)  # at step 10, after the checkpoint of step 9
+    assert checkpoints.latest() is not None
+    for name, value in train(checkpoints).items():
+        torch.testing.assert_close(value, whole[name], rtol=1e-3, atol=1e-5)
+
+
+def test_full_training_changes_what_low_rank_training_leaves(teacher: Teacher) -> None:
+    states = {}
+    for adaptation in ("none", "enhanced_lora", "full"):
+        network, _ = token_distillation.train(
+            teacher, SHORTENING, PIXELS, params(adaptation=adaptation), 3, quiet, NoCheckpoints()
+        )
+        states[adaptation] = network.state_dict()
+    copied = shortened_vit.shorten(teacher.network, SHORTENING.kept).state_dict()
+    assert all(torch.equal(value, copied[name]) for name, value in states["none"].items())
+    norm = "blocks.0.norm1.weight"
+    assert torch.equal(states["enhanced_lora"][norm], copied[norm])
+    assert not torch.equal(states["full"][norm], copied[norm])
+
+
+def test_the_change_of_tokens_is_nothing_for_all_blocks_and_grows_without_them(teacher: Teacher) -> None:
+    change = token_distillation.TokenChange(teacher, PIXELS)
+    assert change(tuple(range(tiny_vit.DEPTH))) == 0
+    with torch.no_grad(), TokenTap(teacher.network, [LAST]) as tap:
+        seen = images.normalise(PIXELS.float() / 255, teacher.mean, teacher.std)
+        (whole,) = tap(seen)
+        blocks = teacher.network.blocks  # by hand: all but the third
+        tokens = teacher.network.patch_embed(seen)
+        tokens = teacher.network._pos_embed(tokens)
+        for number in (0, 1, 3, 4, 5):
+            tokens = blocks[number](tokens)
+    expected = (tokens - whole).abs().mean() / whole.abs().mean()
+    assert change((0, 1, 3, 4, 5)) == pytest.approx(float(expected), rel=1e-4)
+    assert change((0, 5)) > 0
+
+
+@pytest.mark.parametrize(("width", "rank"), [(768, 128), (192, 32), (384, 64), (48, 8), (24, 8)])
+def test_the_rank_is_a_sixth_of_the_width_unless_it_is_given(teacher: Teacher, width: int, rank: int) -> None:
+    of_width = Teacher(teacher.network, 32, teacher.mean, teacher.std, width)
+    assert token_distillation.rank_of(params(), of_width) == rank
+    assert token_distillation.rank_of(params(rank=5), of_width) == 5
+
+
+def test_a_linear_probe_is_the_optimum_of_regression_on_standardised_features() -> None:
+    random = generator(7)
+    labels = torch.arange(60) % 3
+    features = torch.randn(60, 5, generator=random) * torch.tensor([1.0, 10, 0.1, 3, 1]) + 4
+    features[:, 0] += labels
+    centre, weight, bias = linear_probe.fit(features, labels, 3, penalty=0.05)
+    deviation = (features.var(0, correction=0) + 1e-6).sqrt()
+    standard = ((features - features.mean(0)) / deviation).double()
+    own = (weight * deviation[:, None]).double().requires_grad_()
+    offset = bias.double().requires_grad_()
+    loss = functional.cross_entropy(standard @ own + offset, labels) + 0.05 / 2 * own.square().sum()
+    loss.backward()
+    assert own.grad is not None
+    assert offset.grad is not None
+    assert float(own.grad.abs().max()) < 1e-4
+    assert float(offset.grad.abs().max()) < 1e-4
+    assert loss.item() < math.log(3)
+    torch.testing.assert_close(centre, features.mean(0))
