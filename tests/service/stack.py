@@ -55,7 +55,7 @@ def until(check: Callable[[], Any], seconds: float, what: str) -> Any:
 class Stack:
     """Redis, gateway, worker and maintenance as processes of their own, on one database and one blob folder."""
 
-    def __init__(self, home: Path, database_url: str = "") -> None:
+    def __init__(self, home: Path, database_url: str = "", **environment: str) -> None:
         home.mkdir(parents=True, exist_ok=True)
         self.home = home
         self.socket = redis_server.socket_path(home)
@@ -74,6 +74,7 @@ class Stack:
             "DRAM_CHECKPOINT_S": "0.5",
             "DRAM_DEVICE": "cpu",
             "DRAM_EGRESS_ALLOW": "127.0.0.1",  # where the black boxes of the tests listen
+            **environment,
         }
         names = {
             name.removeprefix("DRAM_").lower(): value for name, value in self.environment.items() if value
