@@ -68,13 +68,13 @@ def learn(
     Both share the checkpoints and count their steps as one.
     """
     kept = checkpoints or NoCheckpoints()
-    total = params.steps * (2 if params.lora_rank else 1)
+    whole = params.steps * (2 if params.lora_rank else 1)
 
-    def advance(step: int, _: int, **metrics: float) -> None:
-        report(step, total, **metrics)
+    def advance(step: int, total: int, **metrics: float) -> None:
+        report(step, whole, **metrics)
 
-    def advance_further(step: int, _: int, **metrics: float) -> None:
-        report(params.steps + step, total, **metrics)
+    def advance_further(step: int, total: int, **metrics: float) -> None:
+        report(params.steps + step, whole, **metrics)
 
     tokens = _read_tokens(kept.latest())
     if tokens is None:
@@ -207,7 +207,8 @@ def _read_tokens(checkpoint: Path | None) -> Tensor | None:
     """The tokens in a checkpoint of an adapter's training; None in one of the tokens' own."""
     if checkpoint is None or not (checkpoint / _TOKENS).exists():
         return None
-    return load_file(checkpoint / _TOKENS)["tokens"]
+    tokens: Tensor = load_file(checkpoint / _TOKENS)["tokens"]
+    return tokens
 
 
 def _learn(
