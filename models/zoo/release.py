@@ -78,7 +78,7 @@ def model_card(
     parts = ", ".join(f"{part} {size:,}" for part, size in sizes.items())
     runs = "\n".join(f"- {what}: {how}" for what, how in training.items())
     pixels, side = architecture.RESOLUTION, architecture.LATENT_SIDE
-    folders = ", ".join(f"`{path.name}`" for path in sources)
+    folders = ", ".join(f"`{path.resolve().parent.name}/{path.name}`" for path in sources)
     head = textwrap.dedent(f"""\
         ---
         license: {licence}

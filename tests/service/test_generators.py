@@ -8,17 +8,16 @@ from typing import Any
 
 import httpx
 import pytest
+import sqlalchemy as sa
 
 from app.db import now
 from app.jobs import plan
-from app.jobs.tables import Job, Worker
+from app.jobs.tables import Job, JobStage, Worker
 from app.settings import Settings
 from app.wiring import Wiring
-from models import generators
 from models.generators import GENERATORS
 from models.methods import METHODS
 from models.pipeline import JobShape, digest
-from models.teachers import Availability
 from tests import tiny_diffusion
 from tests.service.stack import few_shot_zip
 
@@ -123,16 +122,8 @@ def test_an_order_names_its_generator_and_plans_with_it(
 def test_the_generator_that_comes_with_dram_is_taken_unless_another_is_named(
     client: httpx.Client, dataset: str
 ) -> None:
-    """Its weights may not be there yet; then the refusal says so."""
-    state: Availability = generators.availability(GENERATORS["embedded"])
-    if state.available:
-        job = client.post("/v1/jobs", json={**ORDER, "dataset_id": dataset}).json()
-        assert job["generator_id"] == "embedded"
-        return
-    problem = refused(client, dataset_id=dataset)
-    assert problem["code"] == "generator_unavailable"
-    assert state.reason in problem["detail"]
-    assert "GET /v1/generators" in problem["detail"]
+    job = client.post("/v1/jobs", json={**ORDER, "dataset_id": dataset}).json()
+    assert job["generator_id"] == "embedded"
 
 
 def test_orders_are_refused_whose_generator_is_unknown_absent_or_not_read(
@@ -145,6 +136,31 @@ def test_orders_are_refused_whose_generator_is_unknown_absent_or_not_read(
     unread = refused(client, dataset_id=dataset, generator_id="bolts", method="kd")
     assert unread["code"] == "method_reads_no_generator"
     assert "tint" in unread["detail"]
+
+
+def test_whether_fsbbt_reads_a_generator_depends_on_what_makes_its_images(
+    client: httpx.Client, dataset: str, wiring: Wiring
+) -> None:
+    order = {"dataset_id": dataset, "method": "fsbbt"}
+    mixes = client.post("/v1/jobs", json={**ORDER, **order}).json()
+    assert mixes["generator_id"] is None
+    unread = refused(client, **order, generator_id="bolts")
+    assert unread["code"] == "method_reads_no_generator"
+    assert "'fsbbt' with these parameters reads no generator" in unread["detail"]
+    drawn = {"params": {"synthesis": {"maker": "diffusion"}}, "generator_id": "bolts"}
+    job = client.post("/v1/jobs", json={**ORDER, **order, **drawn}).json()
+    assert job["generator_id"] == "bolts"
+    with wiring.database.reading() as session:
+        keys = [
+            dict(
+                session.execute(
+                    sa.select(JobStage.name, JobStage.key).where(JobStage.job_id == each["id"])
+                ).all()
+            )
+            for each in (mixes, job)
+        ]
+    assert keys[0]["ask_real"] == keys[1]["ask_real"]
+    assert keys[0]["synthesise"] != keys[1]["synthesise"]
 
 
 def test_a_job_without_a_generator_says_so(client: httpx.Client, dataset: str) -> None:
