@@ -81,15 +81,16 @@ def evaluate(
         pool = episode_draws.read_pool(folder)
         episode_draws.check(pool, ways, shots, queries)
         chosen = _method(method)
+        params = _params(chosen, preset, param)
         setting = few_shot.Setting(
             ways=ways,
             shots=shots,
             method=chosen.name,
             teacher=_teacher(teacher, chosen),
             student=students.checked(student, chosen.student),
-            params=_params(chosen, preset, param),
+            params=params,
             seed=seed,
-            generator=_generator(generator, chosen),
+            generator=_generator(generator, chosen, params),
         )
         _check_sources(chosen, setting, pool, queries)
         console.note(
@@ -160,9 +161,9 @@ def _teacher(name: str | None, method: Method) -> known_teachers.TeacherSpec:
     return spec
 
 
-def _generator(name: str | None, method: Method) -> generators.GeneratorSpec | None:
-    """The generator of that name, else the usual one; None for a method that needs none."""
-    if not method.reads("generator"):
+def _generator(name: str | None, method: Method, params: Params) -> generators.GeneratorSpec | None:
+    """The generator of that name, else the usual one; None where such a job of the method needs none."""
+    if not method.draws(params):
         if name is not None:
             raise typer.BadParameter(f"method '{method.name}' makes no use of a generator")
         return None

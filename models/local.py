@@ -83,7 +83,7 @@ def run(
     students.checked(student, method.student)
     params = params or method.resolve(preset, {})
     documents: dict[str, Any] = {"teacher": teacher.model_dump(mode="json"), "student": {"name": student}}
-    if method.reads("generator"):
+    if method.draws(params):
         generator = GENERATORS[generator] if isinstance(generator, str) else generator
         documents["generator"] = generator.model_dump(mode="json")
     splits = fewshot.pack_folder(images, out / "splits") if isinstance(images, Path) else dict(images)

@@ -191,6 +191,8 @@ class Method:
     presets: Mapping[str, Mapping[str, Any]] = field(
         default_factory=dict
     )  # preset -> nested parameter values
+    #: Whether a job of such parameters is given a generator of images, which its order may name.
+    draws: Callable[[Any], bool] = lambda params: False
     #: Most questions that a job puts to its teacher, from its shape and all parameters. None: it asks no black box.
     queries: Callable[[JobShape, Any], int] | None = None
     #: The one student of this method, which it makes of the teacher. None: any of `models.students.STUDENTS`.

@@ -64,17 +64,17 @@ def choose(wiring: Wiring, principal: Principal, order: JobOrder) -> Choice:
             teacher = teachers.resolve(session, wiring.settings, principal, order.teacher_id)
     except Invalid as error:
         findings.append(Finding(error.code, "/teacher_id", error.detail))
-    generator: GeneratorSpec | None = None
-    try:
-        generator = _generator(wiring, order, method)
-    except Invalid as error:
-        findings.append(Finding(error.code, "/generator_id", error.detail))
     params: Params | None = None
     if method is not None:
         try:
             params = method.resolve(order.preset, _overrides(order))
         except ValidationError as error:
             findings += [_parameter_finding(method, problem) for problem in error.errors(include_url=False)]
+    generator: GeneratorSpec | None = None
+    try:
+        generator = _generator(wiring, order, method, params)
+    except Invalid as error:
+        findings.append(Finding(error.code, "/generator_id", error.detail))
     if findings or method is None or params is None or teacher is None:
         raise Invalid(
             " ".join(finding.detail for finding in findings), code=findings[0].code, findings=tuple(findings)
@@ -142,17 +142,22 @@ def _check_teacher(wiring: Wiring, order: JobOrder, method: Method, teacher: Res
         raise Invalid(f"Teacher '{order.teacher_id}' cannot be used: {reason}", code="teacher_unavailable")
 
 
-def _generator(wiring: Wiring, order: JobOrder, method: Method | None) -> GeneratorSpec | None:
-    """The order's generator; None where the method reads none. Raises Invalid."""
-    if method is None or not method.reads("generator"):
-        if method is None or order.generator_id is None:
-            return None
-        reading = ", ".join(name for name, known in METHODS.items() if known.reads("generator"))
-        raise Invalid(
-            f"Method '{method.name}' reads no generator; leave generator_id out. Those that do: {reading}.",
-            code="method_reads_no_generator",
-        )
-    return generators.resolve(wiring.settings, order.generator_id or DEFAULT)
+def _generator(
+    wiring: Wiring, order: JobOrder, method: Method | None, params: Params | None
+) -> GeneratorSpec | None:
+    """The order's generator; None where such a job reads none, or cannot be. Raises Invalid."""
+    if method is None or params is None:
+        return None
+    if method.draws(params):
+        return generators.resolve(wiring.settings, order.generator_id or DEFAULT)
+    if order.generator_id is None:
+        return None
+    reading = ", ".join(name for name, known in METHODS.items() if known.reads("generator"))
+    raise Invalid(
+        f"Method '{method.name}' with these parameters reads no generator; leave generator_id out. Methods that can "
+        f"read one: {reading}.",
+        code="method_reads_no_generator",
+    )
 
 
 def _check_generator(wiring: Wiring, spec: GeneratorSpec) -> None:

@@ -221,10 +221,8 @@ def _data(report: Report, teacher: AnyTeacher) -> str:
         )
     generator = report.get("generator")
     if generator:
-        how += (
-            f"; and from {generator['kept']} images that {plain(generator['title'])}, a generator, made of the"
-            " labelled ones"
-        )
+        origin = "the names of the classes" if report["teacher"]["black_box"] else "the labelled ones"
+        how += f"; and from {generator['kept']} images that {plain(generator['title'])}, a generator, made of {origin}"
     return (
         f"{given}, all given by the bundle's owner; {apart}. {how}.\n\n"
         f"`golden/` holds some of {'the labelled' if shots else 'these'} images, shrunk: whoever gets this bundle"

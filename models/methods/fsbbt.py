@@ -11,6 +11,7 @@ Source: Nguyen et al., "Black-box Few-shot Knowledge Distillation", arXiv:2207.1
 | real_answers        | `answers.safetensors` "answers" float32 [n, C]: support, then unlabelled |
 | cvae                | `weights.safetensors`, `cvae.json`, `history.json` |
 | synthetic           | `images.safetensors` "pixels" uint8 [n, 3, S, S]; "kind", "first", "second", "share" [n] |
+|                     | and, of the maker diffusion, "label" (-1: none), "seed" [n] |
 | chosen              | `chosen.safetensors` "index" [m]: the synthetic images to ask about |
 | synthetic_answers   | `answers.safetensors` "answers" float32 [n, C], "index" int64 [n] into all synthetic images |
 | soft_labels         | as in `models.stages`, without a head; images: support, unlabelled, synthetic |
@@ -30,7 +31,21 @@ from models.pipeline import JobShape, Method, Params, Stage, StageContext, Teach
 #: Synthetic images that one shard makes.
 CHUNK = 8192
 
-Maker = Literal["mixup_cvae", "mixup", "cutmix", "mixup_cutmix", "cvae"]
+Maker = Literal["mixup_cvae", "mixup", "cutmix", "mixup_cutmix", "cvae", "diffusion"]
+
+
+class DrawingParams(Params):
+    """The images of the diffusion model that the order names as its generator, where it makes them."""
+
+    template: str = Field(
+        "a photo of a {}",
+        pattern=r"^[^{}]*\{\}[^{}]*$",
+        max_length=200,
+        description="Prompt; {} is the name of a class.",
+    )
+    steps: int = Field(25, ge=2, le=1000, description="DDIM steps.")
+    guidance: float = Field(3.0, ge=1, le=30, description="Classifier-free guidance.")
+    batch_size: int = Field(32, ge=1, le=1024, description="Images made at once; halved where memory lacks.")
 
 
 class SynthesisParams(Params):
@@ -45,8 +60,10 @@ class SynthesisParams(Params):
     maker: Maker = Field(
         "mixup_cutmix",
         description="mixup_cutmix: half each; better and cheaper in our measurements. mixup_cvae: MixUp, and the "
-        "CVAE's images instead of mixes that are nearly an original, which is the paper's.",
+        "CVAE's images instead of mixes that are nearly an original, which is the paper's. diffusion: images of the "
+        "classes' names, made by the order's generator from no real image.",
     )
+    drawing: DrawingParams = Field(DrawingParams(), description="For the maker diffusion.")
     beta: float = Field(1.0, gt=0, le=10, description="Parameter of the Beta distribution of a mix's shares.")
     margin: float = Field(
         0.05, ge=0, lt=0.5, description="A mix whose share of one image is at most this is nearly the other."
@@ -157,9 +174,10 @@ def train_cvae(context: StageContext, params: CvaeParams) -> None:
 
 
 def synthesise(context: StageContext, params: SynthesisParams) -> None:
-    from models.generators import synthesis
+    from models.generators import prompted, synthesis
 
-    synthesis.run(context, params)
+    maker = prompted if params.maker == "diffusion" else synthesis
+    maker.run(context, params)
 
 
 def choose(context: StageContext, params: SynthesisParams) -> None:
@@ -201,6 +219,10 @@ def _parts(images: int) -> int:
     return -(-images // CHUNK)
 
 
+def _draws(params: FsbbtParams) -> bool:
+    return params.synthesis.images > 0 and params.synthesis.maker == "diffusion"
+
+
 def _needs_cvae(shape: JobShape, params: FsbbtParams) -> bool:
     return params.synthesis.images > 0 and params.synthesis.maker in ("mixup_cvae", "cvae")
 
@@ -212,6 +234,7 @@ METHOD = Method(
     needs=frozenset({TeacherOutput.LABELS}),
     params=FsbbtParams,
     queries=queries,
+    draws=_draws,
     stages=(
         Stage(
             "introduce",
@@ -249,7 +272,7 @@ METHOD = Method(
             synthesise,
             output="synthetic",
             inputs=("black_box",),
-            optional=("support", "unlabelled", "cvae"),
+            optional=("support", "unlabelled", "cvae", "generator"),
             params="synthesis",
             shards=lambda shape, params: _parts(params.synthesis.made),
             needed=lambda shape, params: params.synthesis.images > 0,
@@ -311,7 +334,7 @@ METHOD = Method(
             weight=0.5,
         ),
         stages.EXPORT.given("black_box"),
-        stages.EVALUATE.given("black_box", "teacher_on_held_out"),
+        stages.EVALUATE.given("black_box", "teacher_on_held_out", "generator", "synthetic"),
         stages.BUNDLE,
     ),
     presets={

@@ -203,6 +203,7 @@ METHOD = Method(
     source="arXiv:2406.03146",
     needs=frozenset({TeacherOutput.FEATURES}),
     params=TintParams,
+    draws=lambda params: True,
     stages=(
         Stage(
             "textual_inversion",

@@ -18,12 +18,13 @@ from safetensors.torch import load_file
 from models import local, students
 from models.data import fewshot
 from models.errors import BudgetSpent, TeacherError
-from models.generators import choice
+from models.generators import DEFAULT, GeneratorSpec, choice
 from models.methods import METHODS
 from models.pipeline import JobShape, StageContext, TeacherAccess
 from models.teachers import black_box_questions, labelling
 from models.teachers.black_box import InputFormat, OnnxTeacher
 from models.teachers.ledger import MemoryLedger
+from tests import tiny_diffusion
 
 FSBBT = METHODS["fsbbt"]
 CLASSES = ("blue", "green", "red")
@@ -102,6 +103,7 @@ def distil(
     out: Path,
     *wanted: str,
     ledger: MemoryLedger | None = None,
+    generator: GeneratorSpec | str = DEFAULT,
     **params: dict[str, Any],
 ) -> local.LocalRun:
     merged = {name: {**QUICK.get(name, {}), **params.get(name, {})} for name in {*QUICK, *params}}
@@ -116,6 +118,7 @@ def distil(
         wanted=wanted,
         model=teacher[1],
         access=TeacherAccess(ledger or MemoryLedger()),
+        generator=generator,
     )
 
 
@@ -362,3 +365,26 @@ def test_a_catalogue_teacher_without_labelled_images_is_refused(
 ) -> None:
     with pytest.raises(TeacherError, match="no classes of its own"):
         local.run("fsbbt", unlabelled, "efficientnet_lite0", "conv4", tmp_path, wanted=["black_box"])
+
+
+def test_a_diffusion_model_draws_the_teacher_s_classes_and_the_card_says_so(
+    unlabelled: dict[str, Path], teacher: tuple[OnnxTeacher, Path], tmp_path: Path
+) -> None:
+    """Its tokenizer knows red, green and blue, and no yellow."""
+    generator = GeneratorSpec(
+        name="tiny", title="Random weights", kind="local", source=str(tiny_diffusion.write(tmp_path / "tiny")),
+        resolution=tiny_diffusion.SIDE, licence="Apache-2.0", licence_url="https://example.org/licence",
+    )  # fmt: skip
+    synthesis = {"maker": "diffusion", "images": 10, "drawing": {"steps": 2}}
+    quick: dict[str, Any] = {"distillation": {"steps": 5}, "evaluation": {"latency_runs": 5}}
+    run = distil(
+        unlabelled, teacher, tmp_path / "out", "bundle", generator=generator, synthesis=synthesis, **quick
+    )
+    made = load_file(run.folder("synthetic") / "images.safetensors")
+    assert made["label"].tolist() == [0, 1, 2, -1] * 2 + [0, 1]
+    assert made["pixels"].shape == (10, 3, 32, 32)
+    soft = labelling.load(run.folder("soft_labels"))
+    assert torch.bincount(soft.image)[36:].tolist() == [1] * 10
+    card = (run.folder("bundle") / "MODEL_CARD.md").read_text()
+    assert "10 images that Random weights, a generator, made of the names of the classes" in card
+    assert "generator's weights (local): Apache-2.0" in card
