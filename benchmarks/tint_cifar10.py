@@ -45,8 +45,8 @@ UNLABELLED = 400  # of each class
 EXAMINED = 100
 REAL, KD, ORACLE, REFINED = "real only", "kd", "oracle", "oracle, its head trained on the unlabelled too"
 TINT = "tint, alpha random"
-#: What differs from the preset: a neutral first word, weaker guidance (7.5 makes this generator's images of a class
-#: look alike), and less computing for each of thousands of images.
+#: What differs from the preset: a neutral first word, and less computing for each of thousands of images. The
+#: guidance is the embedded generator's own.
 MAKING = {
     "textual_inversion": {"initial_word": "object", "steps": 200, "patience": 75},
     "null_text_inversion": {"steps": 20, "guidance": 3.0},

@@ -33,7 +33,7 @@ from models.arrays import Images
 from models.data import images as image_tensors
 from models.generators import diffusion
 from models.generators.diffusion import Diffusion, blend, psnr
-from models.generators.null_text_inversion import invert
+from models.generators.null_text_inversion import GUIDANCE, invert
 from models.generators.textual_inversion import learn_tokens
 from models.methods.tint import NullTextInversionParams, TextualInversionParams
 from models.runtime import generator, resolve_device, use_threads
@@ -375,7 +375,7 @@ def main() -> None:
     textual = TextualInversionParams()
     if args.steps is not None:
         textual = textual.model_copy(update={"steps": args.steps})
-    recipe = Recipe(textual, NullTextInversionParams(), args.shots, args.made)
+    recipe = Recipe(textual, NullTextInversionParams(guidance=GUIDANCE), args.shots, args.made)
     seeds = list(range(1 if args.quick else args.seeds))
     if args.quick:
         recipe = quick(recipe)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from models.methods.tint import GenerationParams, NullTextInversionParams, TextualInversionParams
 
 #: How images are sampled where no inversion says so.
-STEPS, GUIDANCE = 25, 7.5
+STEPS = 25
 #: Longest side of the images kept where none is given: the teachers look at no more.
 _LARGEST_SIDE = 224
 
@@ -83,6 +83,8 @@ def textual_inversion(context: StageContext, params: TextualInversionParams) -> 
 def null_text_inversion(context: StageContext, params: NullTextInversionParams) -> None:
     """Invert the labelled images of one class. Writes `inversions.safetensors`, `inversions.json`."""
     learnt = read_tokens(context.inputs["class_tokens"][context.shard])
+    guidance = params.guidance or generators.read_spec(context.folder("generator")).guidance
+    params = params.model_copy(update={"guidance": guidance})
     with _generator(context, learnt) as diffusion:
         supports, index, _ = _supports(context, diffusion)
         conditions = learnt.conditions(diffusion).expand(len(supports), -1, -1)
@@ -99,7 +101,7 @@ def null_text_inversion(context: StageContext, params: NullTextInversionParams) 
         {name: value.cpu().contiguous() for name, value in tensors.items()},
         context.output / "inversions.safetensors",
     )
-    document = {"steps": params.steps, "guidance": params.guidance}
+    document = {"steps": params.steps, "guidance": guidance}
     (context.output / "inversions.json").write_text(json.dumps(document))
 
 
@@ -110,6 +112,9 @@ def generate(context: StageContext, params: GenerationParams) -> None:
     inversions = None
     if "inversions" in context.inputs:
         inversions = read_inversions(context.inputs["inversions"][label])
+    elif params.guidance is None:
+        guidance = generators.read_spec(context.folder("generator")).guidance
+        params = params.model_copy(update={"guidance": guidance})
     resumed = context.checkpoints.latest()
     parts = [load(resumed)] if resumed else []
     done = sum(len(part.kind) for part in parts)
@@ -136,7 +141,7 @@ def make(
     """An image of class `label` for each of `seeds`, which decide on its origin, alpha and noise."""
     origin, alpha, noise = draw(seeds, inversions, diffusion.latent_shape, params.alpha)
     conditions = learnt.conditions(diffusion).expand(len(seeds), -1, -1)
-    steps, guidance = params.steps or STEPS, params.guidance or GUIDANCE
+    steps, guidance = params.steps or STEPS, params.guidance or null_text.GUIDANCE
     if inversions is None:
         first, start = torch.full_like(origin, -1), noise
         unconditional = diffusion.unconditional()[None].expand(len(seeds), -1, -1, -1)

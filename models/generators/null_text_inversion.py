@@ -25,6 +25,8 @@ from models.pipeline import Checkpoints, Report
 from models.training.loop import NoCheckpoints
 
 BATCH = 16
+#: Classifier-free guidance where the parameters name none (Mokady et al., section 4).
+GUIDANCE = 7.5
 _FILE = "ways.safetensors"
 
 
@@ -168,12 +170,13 @@ def _invert(
         advance(2 * params.steps)
         return _Way(begun.path, nulls, back)
     way = begun
+    guidance = params.guidance or GUIDANCE
     scheduler = diffusion.ddim(params.steps)
     times = scheduler.timesteps.tolist()
     for number in range(way.nulls.shape[1], len(times)):
         with torch.no_grad():
             conditional = diffusion.predict(way.reached, times[number], conditions)
-        step = _Step(diffusion, scheduler, times[number], way.reached, conditional, params.guidance)
+        step = _Step(diffusion, scheduler, times[number], way.reached, conditional, guidance)
         start = way.nulls[:, -1] if number else diffusion.unconditional().repeat(len(latents), 1, 1)
         null, reached = _optimise(step, start, way.path[:, -2 - number], params)
         way = _Way(way.path, torch.cat([way.nulls, null[:, None]], 1), reached)

@@ -81,7 +81,9 @@ class NullTextInversionParams(Params):
         "the prompt's own embedding instead, at once. none: images are made from noise and the token alone.",
     )
     steps: int = Field(25, ge=2, le=1000, description="DDIM steps, of the inversion and of the generation.")
-    guidance: float = Field(7.5, ge=1, le=30, description="Classifier-free guidance.")
+    guidance: float | None = Field(
+        None, ge=1, le=30, description="Classifier-free guidance. Empty: the generator's own."
+    )
     inner_steps: int = Field(10, ge=1, le=500, description="Most optimiser steps at one timestep.")
     lr: float = Field(1e-2, gt=0, le=1, description="Adam's learning rate.")
     tolerance: float = Field(
@@ -101,7 +103,10 @@ class GenerationParams(Params):
         "another for each image, evenly from 0 to 1.",
     )
     guidance: float | None = Field(
-        None, ge=1, le=30, description="Classifier-free guidance. Empty: that of the inversion, else 7.5."
+        None,
+        ge=1,
+        le=30,
+        description="Classifier-free guidance. Empty: that of the inversion, else the generator's own.",
     )
     sampler: Literal["ddim", "dpm_solver++"] = Field(
         "ddim", description="ddim, or DPM-Solver++ of second order."
@@ -263,7 +268,7 @@ METHOD = Method(
         "draft": {
             "textual_inversion": {"steps": 200},
             "null_text_inversion": {"mode": "negative_prompt", "steps": 15},
-            "generation": {"images_per_class": 64},
+            "generation": {"images_per_class": 64, "sampler": "dpm_solver++", "steps": 10},
             "distillation": {"steps": 600},
             "evaluation": {"latency_runs": 20},
         },
