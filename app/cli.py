@@ -37,7 +37,9 @@ Method = Annotated[
 ]
 Generator = Annotated[
     str | None,
-    typer.Option(help="What makes images, for tint; `dram generators` lists them. Left out: embedded."),
+    typer.Option(
+        help="What makes images, for tint and fsbbt (maker diffusion); see `dram generators`. Left out: embedded."
+    ),
 ]
 Precision = Annotated[str, typer.Option(help="fp32, or int8 for a quantised file beside it.")]
 QueryBudget = Annotated[
