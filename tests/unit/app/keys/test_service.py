@@ -116,7 +116,6 @@ def test_a_revoked_key_is_refused_at_once_in_this_process(wiring: Wiring) -> Non
     assert "revoked" in refusal(wiring, f"Bearer {issued.token}").detail
 
 
-@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 def test_another_process_refuses_a_revoked_key_when_its_memory_ends(
     wiring: Wiring, monkeypatch: pytest.MonkeyPatch
 ) -> None:
