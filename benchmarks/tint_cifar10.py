@@ -176,7 +176,6 @@ def measure(task: Task) -> list[dict[str, Any]]:
             "draw": task.seed,
             "accuracy": student_accuracy(run, task.tested),
             "teacher": teacher_accuracy(run),
-            "minutes": round(sum(run.seconds.values()) / 60, 1),
         }
         print(row, flush=True)
         found.append(row)

@@ -25,6 +25,8 @@ from tests import tiny_diffusion
 TINT = METHODS["tint"]
 CLASSES = ("blue", "green", "red")
 SHOTS, MADE = 4, 6
+#: The sampler that undoes an inversion.
+EXACT: dict[str, Any] = {"sampler": "ddim", "steps": None}
 QUICK: dict[str, dict[str, Any]] = {
     "textual_inversion": {"steps": 3, "batch_size": 2},
     "null_text_inversion": {"mode": "null_text", "steps": 3, "inner_steps": 2},
@@ -165,7 +167,7 @@ def test_without_new_noise_an_image_is_the_reconstruction_of_its_origin(
     out, _ = finished
     errors = {}
     for alpha in (0.0, 1.0):
-        run = distil(images, spec, out, "synthetic", generation={"alpha": alpha, "size": None})
+        run = distil(images, spec, out, "synthetic", generation={"alpha": alpha, "size": None, **EXACT})
         made = run.folders["synthetic"]
         first = shards.column(made, "first")
         real = fewshot.load(run.folder("support"), tiny_diffusion.SIDE).pixels[first].float() / 255
