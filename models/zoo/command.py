@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 from models import runtime
 from models.errors import ModelsError
@@ -15,6 +16,7 @@ from models.local import FolderCheckpoints
 from models.pipeline import Report
 from models.training.checkpoint import History
 
+Budget = TypeVar("Budget", bound=Any)  # a dataclass: sizes and lengths of a training
 PAUSED = 75  # EX_TEMPFAIL: try again
 _REPORT_SECONDS = 30.0
 
@@ -83,16 +85,24 @@ def parser(description: str | None, budgets: Iterable[str], trained: str) -> arg
     return options
 
 
-def run(given: argparse.Namespace, train: Callable[[str, Path, float], None]) -> int:
-    """Call `train(budget, work, deadline)` as the options say; returns the command's exit status."""
+def run(
+    given: argparse.Namespace, budgets: Mapping[str, Budget], train: Callable[[Budget, Path, float], None]
+) -> int:
+    """Call `train(budget, work, deadline)` as the options say; returns the command's exit status.
+
+    An option that is named as one of a budget's fields takes that field's place.
+    """
     deadline = time.monotonic() + 60 * given.minutes
     if given.threads:
         runtime.use_threads(given.threads)
     runtime.use_bfloat16_on_cpu()
     fits = "gpu" if runtime.resolve_device(given.device).type == "cuda" else "cpu"
+    budget = budgets[given.budget or fits]
+    wanted = {each.name: getattr(given, each.name, None) for each in fields(budget)}
+    budget = replace(budget, **{name: value for name, value in wanted.items() if value is not None})
     work = given.work or given.out.with_name(f"{given.out.name}.work")
     try:
-        train(given.budget or fits, work, deadline)
+        train(budget, work, deadline)
     except PausedError as paused:
         print(f"{paused}; give the same command again to go on", flush=True)
         return PAUSED

@@ -42,6 +42,11 @@ class Pictures:
         return "\n".join(f"| {name} | {count:,} |" for name, count in counted)
 
 
+def named(folders: Sequence[Path]) -> str:
+    """The folders as a model card names them: the last two parts of each path."""
+    return ", ".join(f"`{path.resolve().parent.name}/{path.name}`" for path in folders)
+
+
 def read(folders: Sequence[Path], size: int) -> Pictures:
     """All images of the class folders in `folders`; folders of the same name are one class.
 

@@ -15,7 +15,7 @@ from models.data import images as image_tensors
 from models.generators.diffusion import Diffusion
 from models.runtime import generator
 from models.zoo import architecture
-from models.zoo.pictures import Pictures
+from models.zoo.pictures import Pictures, named
 from models.zoo.words import NEUTRAL, words_of
 
 _ZOOM = 2
@@ -78,7 +78,7 @@ def model_card(
     parts = ", ".join(f"{part} {size:,}" for part, size in sizes.items())
     runs = "\n".join(f"- {what}: {how}" for what, how in training.items())
     pixels, side = architecture.RESOLUTION, architecture.LATENT_SIDE
-    folders = ", ".join(f"`{path.resolve().parent.name}/{path.name}`" for path in sources)
+    folders = named(sources)
     head = textwrap.dedent(f"""\
         ---
         license: {licence}

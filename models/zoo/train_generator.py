@@ -12,7 +12,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -183,15 +183,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = command.parser(__doc__, BUDGETS, "UNet and text encoder")
     parser.add_argument("--vae-steps", type=int, help="of the VAE, in place of the budget's")
     given = parser.parse_args(arguments)
-    wanted = {"steps": given.steps, "batch_size": given.batch_size, "vae_steps": given.vae_steps}
-    changes = {name: value for name, value in wanted.items() if value is not None}
     return command.run(
         given,
+        BUDGETS,
         lambda budget, work, deadline: train(
             given.data,
             given.out,
             work,
-            replace(BUDGETS[budget], **changes),
+            budget,
             seed=given.seed,
             device=given.device,
             deadline=deadline,

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -187,15 +187,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = command.parser(__doc__, BUDGETS, "the ViT")
     parser.add_argument("--test", type=Path, help="folder of class folders to measure the result on")
     given = parser.parse_args(arguments)
-    wanted = {"steps": given.steps, "batch_size": given.batch_size}
-    changes = {name: value for name, value in wanted.items() if value is not None}
     return command.run(
         given,
+        BUDGETS,
         lambda budget, work, deadline: train(
             given.data,
             given.out,
             work,
-            replace(BUDGETS[budget], **changes),
+            budget,
             test=given.test,
             seed=given.seed,
             device=given.device,

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from models.data.images import MEAN, STD
 from models.teachers import TeacherSpec
 from models.zoo import vit_network
-from models.zoo.pictures import Pictures
+from models.zoo.pictures import Pictures, named
 from models.zoo.vit_network import PATCH, SIZE, Budget
 
 
@@ -51,7 +51,7 @@ def model_card(
     """The text of the card: what it is, was trained on and cannot do. `runs`: what was done and measured."""
     images = f"{len(pictures.pixels):,} images in {len(pictures.classes)} classes"
     blocks = f"{budget.depth} blocks of width {budget.width}, {budget.heads} heads"
-    folders = ", ".join(f"`{path.name}`" for path in sources)
+    folders = named(sources)
     head = textwrap.dedent(f"""\
         ---
         license: {licence}
