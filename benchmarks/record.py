@@ -53,7 +53,7 @@ def write(
         return
     RESULTS.mkdir(exist_ok=True)
     document = {
-        "command": f"python -m benchmarks.{name} " + " ".join(sys.argv[1:]),
+        "command": f"python -m benchmarks.{Path(sys.argv[0]).stem} " + " ".join(sys.argv[1:]),
         "commit": _commit(),
         "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "system": platform.platform(terse=True)},
         "versions": {

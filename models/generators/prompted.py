@@ -70,6 +70,7 @@ def draw(
         diffusion.unconditional()[None].expand(len(index), -1, -1, -1),
         steps=params.steps,
         guidance=params.guidance,
+        solver=params.sampler,
         batch_size=params.batch_size,
     )
     nobody = torch.full_like(drawn, -1)

@@ -43,7 +43,10 @@ class DrawingParams(Params):
         max_length=200,
         description="Prompt; {} is the name of a class.",
     )
-    steps: int = Field(25, ge=2, le=1000, description="DDIM steps.")
+    sampler: Literal["ddim", "dpm_solver++"] = Field(
+        "ddim", description="ddim, or DPM-Solver++ of second order."
+    )
+    steps: int = Field(25, ge=2, le=1000, description="Steps of the sampler.")
     guidance: float = Field(3.0, ge=1, le=30, description="Classifier-free guidance.")
     batch_size: int = Field(32, ge=1, le=1024, description="Images made at once; halved where memory lacks.")
 

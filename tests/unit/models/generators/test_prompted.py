@@ -14,9 +14,9 @@ CLASSES = ("red", "washer", "blue")
 QUICK = DrawingParams(steps=2, batch_size=4)
 
 
-def drawn(model: Diffusion, index: range) -> Generated:
-    prompts, known = prompted.embed(model, CLASSES, QUICK.template)
-    return prompted.draw(model, prompts, known, index, 32, QUICK, seed=0)
+def drawn(model: Diffusion, index: range, params: DrawingParams = QUICK) -> Generated:
+    prompts, known = prompted.embed(model, CLASSES, params.template)
+    return prompted.draw(model, prompts, known, index, 32, params, seed=0)
 
 
 def test_classes_take_turns_and_an_unknown_name_gives_way_to_a_neutral_word(model: Diffusion) -> None:
@@ -50,3 +50,8 @@ def test_an_image_can_be_made_again_from_its_seed_and_class(model: Diffusion) ->
     )
     again = images.to_pixels(images.resize(model.decode(latents), 32))
     assert (again[0].int() - made.pixels[2].int()).abs().max() <= 1
+
+
+def test_the_sampler_is_the_one_asked_for(model: Diffusion) -> None:
+    other = QUICK.model_copy(update={"sampler": "dpm_solver++"})
+    assert not torch.equal(drawn(model, range(2)).pixels, drawn(model, range(2), other).pixels)
