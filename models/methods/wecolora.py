@@ -16,9 +16,9 @@ arXiv:2404.09326, section 3. Its reference code was not used.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from models import stages
 from models.pipeline import Method, Params, Stage, StageContext, TeacherOutput
@@ -58,6 +58,11 @@ class TokenDistillationParams(Params):
         description="enhanced_lora: low-rank updates of q, k, v, proj, fc1 and fc2, the paper's. lora: of q and v. "
         "dora: of all six, with magnitudes. full: all weights are trained. none: blocks are copied and that is all.",
     )
+    start: Literal["copied", "random"] = Field(
+        "copied",
+        description="The student's weights at first: the teacher's; or drawn anew, which shows what copying is worth "
+        "and asks for adaptation full.",
+    )
     rank: int | None = Field(
         None,
         ge=1,
@@ -92,6 +97,14 @@ class TokenDistillationParams(Params):
         description="Highest learning rate of the one-cycle schedule. Empty: 1e-3, of full training 1e-4.",
     )
     weight_decay: float = Field(0.05, ge=0, le=1, description="AdamW's decoupled weight decay.")
+
+    @model_validator(mode="after")
+    def _all_of_random_weights_learn(self) -> Self:
+        if self.start == "random" and self.adaptation != "full":
+            raise ValueError(
+                f"weights drawn at random cannot be adapted by '{self.adaptation}': choose adaptation 'full'"
+            )
+        return self
 
 
 class StudentHeadParams(Params):

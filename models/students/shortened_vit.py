@@ -220,16 +220,26 @@ def save_weights(network: nn.Module, folder: Path) -> None:
     save_file(weights, folder / _WEIGHTS)
 
 
+def drawn_anew(teacher: Teacher, shortening: Shortening) -> nn.Module:
+    """A shorter network of the teacher's kind, on its device, with weights from torch's global generators."""
+    device = next(teacher.network.parameters()).device
+    return _untrained(teacher.architecture or {}, teacher.input_size, shortening).to(device)
+
+
+def _untrained(architecture: Mapping[str, Any], input_size: int, shortening: Shortening) -> nn.Module:
+    if architecture["library"] == "timm":
+        whole = timm_network.build(architecture, input_size)
+    else:
+        whole = transformers_network.build(architecture)
+    return copy.deepcopy(shorten(whole, shortening.kept)).eval()
+
+
 def _empty(document: Mapping[str, Any]) -> Backbone:
     """A backbone with random weights."""
     shortening = Shortening.of(document["shortening"])
     architecture = document["architecture"]
-    if architecture["library"] == "timm":
-        whole = timm_network.build(architecture, document["input_size"])
-    else:
-        whole = transformers_network.build(architecture)
     return Backbone(
-        network=copy.deepcopy(shorten(whole, shortening.kept)).eval(),
+        network=_untrained(architecture, document["input_size"], shortening),
         architecture=architecture,
         shortening=shortening,
         input_size=document["input_size"],

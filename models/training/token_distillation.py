@@ -17,8 +17,8 @@ from models.arrays import Images, Pixels
 from models.data import augment, images
 from models.methods.wecolora import BlocksParams, TokenDistillationParams
 from models.pipeline import Checkpoints, Report, StageContext
-from models.runtime import autocast, generator, resolve_device
-from models.students import block_selection, shortened_vit, vit_families
+from models.runtime import autocast, generator, resolve_device, seed_weights
+from models.students import SHORTENED_VIT, block_selection, shortened_vit, vit_families
 from models.students.shortened_vit import Backbone, Shortening, TokenTap
 from models.teachers.protocol import Teacher
 from models.training import distillation, low_rank, selection
@@ -127,7 +127,7 @@ def train(
 ) -> tuple[nn.Module, History]:
     """The shortened network, its updates folded in, and the training curve. `pixels`: [N, 3, S, S], S the teacher's."""
     device = next(teacher.network.parameters()).device
-    student = Steady(copy.deepcopy(shortened_vit.shorten(teacher.network, shortening.kept)))
+    student = Steady(_first(teacher, shortening, params, seed))
     rank = rank_of(params, teacher)
     low_rank.attach(student.network, params.adaptation, rank, generator(seed, "updates"))
     if params.adaptation == "none":
@@ -228,6 +228,14 @@ def rank_of(params: TokenDistillationParams, teacher: Teacher) -> int:
     if params.rank is not None:
         return params.rank
     return max(_RANK_STEP, round(teacher.embedding_dim / _RANK_SHARE / _RANK_STEP) * _RANK_STEP)
+
+
+def _first(teacher: Teacher, shortening: Shortening, params: TokenDistillationParams, seed: int) -> nn.Module:
+    """The student before it is trained."""
+    if params.start == "copied":
+        return copy.deepcopy(shortened_vit.shorten(teacher.network, shortening.kept))
+    seed_weights(seed, "weights", SHORTENED_VIT)
+    return shortened_vit.drawn_anew(teacher, shortening)
 
 
 def _draw(pixels: Pixels, params: TokenDistillationParams, random: torch.Generator) -> tuple[Images, Tensor]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch.nn import functional
 
 from models import teachers
@@ -112,6 +113,42 @@ def test_full_training_changes_what_low_rank_training_leaves(teacher: Teacher) -
     norm = "blocks.0.norm1.weight"
     assert torch.equal(states["enhanced_lora"][norm], copied[norm])
     assert not torch.equal(states["full"][norm], copied[norm])
+
+
+def test_a_student_drawn_at_random_has_none_of_the_teachers_weights_and_learns(teacher: Teacher) -> None:
+    wanted = params(adaptation="full", start="random")
+
+    def train(seed: int, steps: int) -> dict[str, torch.Tensor]:
+        network, _ = token_distillation.train(
+            teacher,
+            SHORTENING,
+            PIXELS,
+            wanted.model_copy(update={"steps": steps}),
+            seed,
+            quiet,
+            NoCheckpoints(),
+        )
+        return network.state_dict()
+
+    copied = shortened_vit.shorten(teacher.network, SHORTENING.kept).state_dict()
+    first, trained, other = train(3, 1), train(3, 12), train(4, 12)
+    for name in (
+        "patch_embed.proj.weight",
+        "pos_embed",
+        "blocks.0.attn.qkv.weight",
+        "blocks.2.mlp.fc2.weight",
+    ):
+        assert first[name].shape == copied[name].shape
+        for one, another in ((first, copied), (trained, first), (trained, other)):
+            assert not torch.allclose(one[name], another[name], atol=1e-5), name
+    assert all(torch.equal(value, trained[name]) for name, value in train(3, 12).items())
+
+
+def test_low_rank_updates_of_random_weights_are_refused() -> None:
+    with pytest.raises(
+        ValidationError, match="cannot be adapted by 'enhanced_lora': choose adaptation 'full'"
+    ):
+        params(start="random")
 
 
 def test_the_change_of_tokens_is_nothing_for_all_blocks_and_grows_without_them(teacher: Teacher) -> None:
