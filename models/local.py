@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from models import generators, students
-from models.data import archive, fewshot
+from models.data import archive, fewshot, masked_folder
+from models.errors import DataError
 from models.generators import GENERATORS, GeneratorSpec
 from models.methods import METHODS
 from models.pipeline import (
@@ -75,8 +76,9 @@ def run(
     A teacher that is an ONNX file comes with the file as `model`; one behind HTTP with `access`, whose ledger
     also counts the questions (None: a ledger without a budget, and no network). `generator` matters to methods that
     read one.
-    `images` is a folder of class folders (with optional `test/` and `unlabelled/`), or packed splits by name:
-    `support`, `unlabelled`, `test`. `wanted` names the artefacts to make, with what they need; None: all.
+    `images` is a folder of class folders (with optional `test/` and `unlabelled/`) or, for segmentation, of images with
+    masks (`models.data.masked_folder`), or packed splits by name: `support`, `unlabelled`, `test`. `wanted` names the
+    artefacts to make, with what they need; None: all.
     """
     method = METHODS[method] if isinstance(method, str) else method
     teacher = TEACHERS[teacher] if isinstance(teacher, str) else teacher
@@ -86,7 +88,8 @@ def run(
     if method.draws(params):
         generator = GENERATORS[generator] if isinstance(generator, str) else generator
         documents["generator"] = generator.model_dump(mode="json")
-    splits = fewshot.pack_folder(images, out / "splits") if isinstance(images, Path) else dict(images)
+    splits = _packed(images, out / "splits") if isinstance(images, Path) else dict(images)
+    _check_task(method, splits)
     sources = {**splits, **_write_documents(out / "sources", documents, model)}
     shape = fewshot.shape_of(splits.get("support"), splits.get("unlabelled"), splits.get("test"))
     access = access or TeacherAccess(MemoryLedger())
@@ -135,6 +138,22 @@ def source_digests(splits: Mapping[str, Path], documents: Mapping[str, Any]) -> 
     """The content digests of a job's sources: of the packed images, and of what names teacher, student, generator."""
     digests = {name: _file_digest(path / archive.FILE_NAME) for name, path in splits.items()}
     return digests | {name: digest(document) for name, document in documents.items()}
+
+
+def _packed(root: Path, out: Path) -> dict[str, Path]:
+    return (masked_folder.pack if masked_folder.is_one(root) else fewshot.pack_folder)(root, out)
+
+
+def _check_task(method: Method, splits: Mapping[str, Path]) -> None:
+    """Raise `DataError` where the labelled images have masks and the method learns classes, or the reverse."""
+    support = splits.get("support")
+    masked = support is not None and archive.read_index(support / archive.FILE_NAME).masked
+    if masked != (method.task == "segmentation"):
+        fitting = [name for name, known in METHODS.items() if (known.task == "segmentation") == masked]
+        raise DataError(
+            f"method '{method.name}' is for {method.task}, and these images have {'' if masked else 'no '}masks",
+            f"Choose another method: {', '.join(fitting)}.",
+        )
 
 
 @dataclass

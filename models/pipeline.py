@@ -23,6 +23,8 @@ SOURCES = ("support", "unlabelled", "test", "teacher", "student", "generator")
 
 Queue = Literal["gpu", "cpu"]
 Preset = Literal["draft", "balanced", "best"]
+#: What a student says of an image, and what is known of the labelled ones: its class, or (masks) that of each pixel.
+Task = Literal["classification", "segmentation"]
 
 
 class Params(BaseModel):
@@ -197,6 +199,7 @@ class Method:
     queries: Callable[[JobShape, Any], int] | None = None
     #: The one student of this method, which it makes of the teacher. None: any of `models.students.STUDENTS`.
     student: str | None = None
+    task: Task = "classification"
 
     def __post_init__(self) -> None:
         made = set(SOURCES)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from models.arrays import Labels, Pixels
-from models.data import archive, images
+from models.data import archive, images, masks
 from models.errors import DataError
 from models.pipeline import JobShape
 from models.runtime import generator
@@ -43,13 +43,21 @@ def read_labels(folder: Path) -> Labels:
 
 
 def shape_of(support: Path | None, unlabelled: Path | None = None, test: Path | None = None) -> JobShape:
-    """The counts that a method plans with. Without labelled images the classes are the teacher's: 0 here."""
-    labels = read_labels(support) if support else torch.empty(0, dtype=torch.long)
-    classes = len(archive.read_index(support / archive.FILE_NAME).classes) if support else 0
-    counts = torch.bincount(labels, minlength=classes)
+    """The counts that a method plans with. Without labelled images the classes are the teacher's: 0 here.
+
+    Of images with masks `smallest_class` counts those that show the class.
+    """
+    index = archive.read_index(support / archive.FILE_NAME) if support else archive.ArchiveIndex((), ())
+    classes = len(index.classes)
+    if support and index.masked:
+        counts = masks.images_showing(masks.load(support), classes)
+    else:
+        counts = torch.bincount(
+            torch.tensor([image.label for image in index.images]).long(), minlength=classes
+        )
     return JobShape(
         classes=classes,
-        support=len(labels),
+        support=len(index.images),
         smallest_class=int(counts.min()) if support else 0,
         unlabelled=len(read_labels(unlabelled)) if unlabelled else 0,
         test=len(read_labels(test)) if test else 0,
@@ -109,7 +117,7 @@ def pack_folder(root: Path, out: Path) -> dict[str, Path]:
     """
     names = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
     classes = [name for name in names if name not in ("test", "unlabelled")]
-    files = _image_files(root / "unlabelled") if "unlabelled" in names else []
+    files = image_files(root / "unlabelled") if "unlabelled" in names else []
     if len(classes) == 1 or not (classes or files):
         raise DataError(
             f"{root.name} has {len(classes)} class folders; at least 2 are needed",
@@ -128,11 +136,12 @@ def pack_folder(root: Path, out: Path) -> dict[str, Path]:
 def _pack_classes(out: Path, classes: Sequence[str], root: Path) -> Path:
     files, labels = [], []
     for label, name in enumerate(classes):
-        found = _image_files(root / name) if (root / name).is_dir() else []
+        found = image_files(root / name) if (root / name).is_dir() else []
         files += found
         labels += [label] * len(found)
     return pack(out, classes, files, labels)
 
 
-def _image_files(folder: Path) -> list[Path]:
+def image_files(folder: Path) -> list[Path]:
+    """The images below `folder`, sorted by path."""
     return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)

@@ -66,7 +66,7 @@ def run(context: StageContext, params: EvaluationParams) -> None:
             "accuracy": _accuracy(labelled, labelled.student) if labelled else None,
             "parameters": export["parameters"],
             "bytes": export["bytes"],
-            **_shortened(context),
+            **shortened(context),
         },
         "teacher": {
             **asdict(facts),
@@ -80,7 +80,7 @@ def run(context: StageContext, params: EvaluationParams) -> None:
                 judged.student, judged.teacher, judged.labels, judged.names, classes, WORST
             )
         ],
-        "latency": _latency(context, params.latency_runs),
+        "latency": time_graphs(context, params.latency_runs),
         "compression": {
             "parameters": facts.parameters / export["parameters"] if facts.parameters else None,
             "bytes": facts.bytes / export["bytes"] if facts.bytes else None,
@@ -252,7 +252,7 @@ def _judge_int8(
     }
 
 
-def _latency(context: StageContext, runs: int) -> dict[str, Any]:
+def time_graphs(context: StageContext, runs: int) -> dict[str, Any]:
     """Student, the teacher's graph and the int8 file, as far as there are, timed turn by turn on one image.
 
     A black box is timed apart, if at all: not as the student is, so that there is no speedup.
@@ -320,7 +320,7 @@ def _generated(context: StageContext) -> dict[str, Any]:
     return {"generator": {**about, "source": spec.source if spec.kind == "hub" else spec.kind, **made}}
 
 
-def _shortened(context: StageContext) -> dict[str, Any]:
+def shortened(context: StageContext) -> dict[str, Any]:
     """Under "shortened": what a student that is made of its teacher's blocks has of it. Empty for any other."""
     backbone = _read(context.folder("trained_student") / "student.json").get("backbone")
     if backbone is None:

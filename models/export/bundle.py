@@ -6,7 +6,7 @@
 | labels.json, preprocess.json | the classes in order; what the graph expects and does |
 | report.json, MODEL_CARD.md | how good it is, for machines and for people |
 | manifest.json | what it was made from and with |
-| golden/, golden.json | images with the scores they must get |
+| golden/, golden.json | images with the scores, or the class maps, that they must get |
 | predict.py | runs it with onnxruntime and Pillow |
 | SHA256SUMS | digests of all of them |
 
@@ -51,24 +51,38 @@ _LIBRARIES = (
 
 def run(context: StageContext, params: None) -> None:
     """Write the bundle's files to the artefact's folder and, packed, to `bundle.zip`."""
-    exported, out = context.folder("student_onnx"), context.output
-    report = _read(context.folder("report") / "report.json")
-    export = _read(exported / onnx_graph.EXPORT_FILE_NAME)
-    student = _read(context.folder("trained_student") / "student.json")
-    spec = teachers.read_any(context.folder("teacher"))
-    preprocess = preprocessing(student, export)
-
+    exported = context.folder("student_onnx")
+    report = read(context.folder("report") / "report.json")
+    preprocess = preprocessing(
+        read(context.folder("trained_student") / "student.json"), read(exported / onnx_graph.EXPORT_FILE_NAME)
+    )
     models = [onnx_graph.FILE_NAME, *([onnx_graph.INT8_FILE_NAME] if report["int8"]["accepted"] else [])]
+    spec = teachers.read_any(context.folder("teacher"))
+    card = model_card.render(report, spec, preprocess, metadata.version("onnxruntime"))
+    golden = golden_of(read(exported / "golden.json"), models)
+    write(context, models, golden, preprocess, card, "predict_template.py")
+
+
+def write(
+    context: StageContext,
+    models: Iterable[str],
+    golden: Mapping[str, Any],
+    preprocess: Mapping[str, Any],
+    card: str,
+    predict: str,
+) -> None:
+    """The bundle of these ONNX files. `predict`: the file beside this one that becomes `predict.py`."""
+    exported, out = context.folder("student_onnx"), context.output
+    student = read(context.folder("trained_student") / "student.json")
     for name in models:
         shutil.copyfile(exported / name, out / name)
     shutil.copyfile(context.folder("report") / "report.json", out / "report.json")
     shutil.copytree(exported / "golden", out / "golden")
-    shutil.copyfile(Path(__file__).with_name("predict_template.py"), out / "predict.py")
-    _write(out / "golden.json", golden_of(_read(exported / "golden.json"), models))
+    shutil.copyfile(Path(__file__).with_name(predict), out / "predict.py")
+    _write(out / "golden.json", golden)
     _write(out / "labels.json", student["classes"])
     _write(out / "preprocess.json", preprocess)
-    _write(out / "manifest.json", manifest(context, export, student))
-    card = model_card.render(report, spec, preprocess, metadata.version("onnxruntime"))
+    _write(out / "manifest.json", manifest(context, read(exported / onnx_graph.EXPORT_FILE_NAME), student))
     (out / "MODEL_CARD.md").write_text(card, encoding="utf-8")
 
     content = sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
@@ -193,7 +207,7 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read(path: Path) -> dict[str, Any]:
     document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return document
 

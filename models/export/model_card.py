@@ -30,9 +30,9 @@ def render(report: Report, teacher: AnyTeacher, normalisation: Mapping[str, Any]
         _quality(report),
         _per_class(report),
         "## What it learned from\n",
-        _data(report, teacher),
+        data(report, teacher),
         "## Licences\n",
-        _licences(report, teacher),
+        licences(report, teacher),
         "## Limits\n",
         _limits(report),
     )
@@ -199,15 +199,18 @@ def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.0%}".replace("%", " %")
 
 
-def _data(report: Report, teacher: AnyTeacher) -> str:
-    data = report["data"]
-    shots = sorted(set(data["shots"].values()))
+def data(report: Report, teacher: AnyTeacher) -> str:
+    """What the student learnt from, and what of that is in the bundle."""
+    counts = report["data"]
+    shots = sorted(set(counts["shots"].values()))
     if shots:
         each = f"{shots[0]}" if len(shots) == 1 else f"{shots[0]} to {shots[-1]}"
-        given = f"{data['support']} labelled images ({each} a class) and {data['unlabelled']} unlabelled ones"
+        given = (
+            f"{counts['support']} labelled images ({each} a class) and {counts['unlabelled']} unlabelled ones"
+        )
     else:
-        given = f"{data['unlabelled']} images without labels"
-    apart, learned = f"{data['test']} test images were kept apart", "these"
+        given = f"{counts['unlabelled']} images without labels"
+    apart, learned = f"{counts['test']} test images were kept apart", "these"
     if report["evaluation"]["kind"] == "held_out":
         apart, learned = f"{report['evaluation']['images']} of them were held out", "the others"
     how = f"Besides, it learned from the answers of {plain(teacher.title)}, which saw data of its own before"
@@ -247,7 +250,8 @@ def _shortened(about: Mapping[str, Any], input_size: int, teacher: AnyTeacher) -
     return how
 
 
-def _licences(report: Report, teacher: AnyTeacher) -> str:
+def licences(report: Report, teacher: AnyTeacher) -> str:
+    """On what terms the teacher's weights, a generator's and the images stand."""
     images = "The labelled images" if report["data"]["support"] else "The images"
     rest = f" {images} remain under whatever terms their owner has. `predict.py` may be used freely.\n"
     generator = report.get("generator")

@@ -50,10 +50,10 @@ CALIBRATION_IMAGES = 256
 INT8_TOLERANCE = {"rtol": 0.0, "atol": 0.05}
 
 
-class PixelClassifier(nn.Module):
-    """A network with everything around it: image uint8 [B, H, W, 3] -> probabilities float [B, classes].
+class PixelNetwork(nn.Module):
+    """A network with what comes before it: image uint8 [B, H, W, 3] -> what it answers to S x S pixels, normalised.
 
-    `network`: normalised float [B, 3, S, S] -> logits [B, classes]. `mean` and `std` hold for pixels in 0..1.
+    `network` takes float [B, 3, S, S]. `mean` and `std` hold for pixels in 0..1.
     """
 
     scale: Tensor
@@ -71,14 +71,21 @@ class PixelClassifier(nn.Module):
         self.register_buffer("scale", (1 / (255 * deviation)).float().reshape(1, 3, 1, 1))
         self.register_buffer("shift", (-centre / deviation).float().reshape(1, 3, 1, 1))
 
-    def forward(self, image: Tensor) -> Tensor:
+    def logits(self, image: Tensor) -> Tensor:
         pixels = image.permute(0, 3, 1, 2).float()
         size = (self.input_size, self.input_size)
         pixels = functional.interpolate(
             pixels, size=size, mode="bilinear", antialias=True, align_corners=False
         )
         logits: Tensor = self.network(pixels * self.scale + self.shift)
-        return logits.softmax(dim=1)
+        return logits
+
+
+class PixelClassifier(PixelNetwork):
+    """image uint8 [B, H, W, 3] -> probabilities float [B, classes], of a network that gives logits [B, classes]."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.logits(image).softmax(dim=1)
 
 
 def build(
@@ -92,20 +99,27 @@ def build(
 
     Equal inputs give equal bytes. Raises `ExportError` if the network cannot be written with standard operators.
     """
-    classifier = PixelClassifier(network, input_size, mean, std).eval().cpu().float()
+    return graph_of(PixelClassifier(network, input_size, mean, std), input_size, [OUTPUT], properties)
+
+
+def graph_of(
+    module: nn.Module, input_size: int, outputs: Sequence[str], properties: Mapping[str, str] | None = None
+) -> onnx.ModelProto:
+    """As `build`, of a module that has its preprocessing inside: image uint8 [B, H, W, 3] -> tensors of these names."""
+    ready = module.eval().cpu().float()
     sample = torch.zeros(2, input_size + 3, input_size + 5, 3, dtype=torch.uint8)
     batch, height, width = (torch.export.Dim(name) for name in ("batch", "height", "width"))
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
-                classifier,
+                ready,
                 (sample,),
                 dynamo=True,
                 opset_version=OPSET,
                 external_data=False,
                 input_names=[INPUT],
-                output_names=[OUTPUT],
+                output_names=list(outputs),
                 dynamic_shapes={INPUT: {0: batch, 1: height, 2: width}},
                 verbose=False,
             )
@@ -197,7 +211,7 @@ def run(context: StageContext, params: ExportParams) -> None:
     reference = parity.Reference(student.network.eval(), student.input_size, student.mean, student.std)
     steps = 3 if params.int8 else 2
     properties = properties_of(
-        student.classes, student.input_size, student.mean, student.std, _teacher_of(context)
+        student.classes, student.input_size, student.mean, student.std, teacher_properties(context)
     )
     graph = build(student.network, student.input_size, student.mean, student.std, properties)
     content = to_bytes(graph)
@@ -208,7 +222,7 @@ def run(context: StageContext, params: ExportParams) -> None:
     chosen = samples.stratified(shown, PARITY_IMAGES, student.classes)
     golden = [samples.shrunk(sample) for sample in chosen[: parity.GOLDEN_IMAGES]]
     checked = parity.check(content, reference, [*golden, *chosen[parity.GOLDEN_IMAGES :]])
-    _write_json(context.output / "parity.json", asdict(checked))
+    write_json(context.output / "parity.json", asdict(checked))
     context.report(2, steps, largest_difference=checked.largest_difference)
 
     int8: dict[str, Any] = {"asked": params.int8, "made": False, "reason": ""}
@@ -231,7 +245,7 @@ def run(context: StageContext, params: ExportParams) -> None:
             ]
         context.report(3, steps)
     _write_golden(context.output, golden, student.classes, expected)
-    _write_json(
+    write_json(
         context.output / EXPORT_FILE_NAME,
         {
             "parameters": parameter_count(student.network),
@@ -251,7 +265,7 @@ def _held_out(context: StageContext) -> tuple[int, ...]:
     return black_box_questions.read(context.folder("black_box")).held_out
 
 
-def _teacher_of(context: StageContext) -> dict[str, str]:
+def teacher_properties(context: StageContext) -> dict[str, str]:
     """The teacher's name and licence as graph metadata, where the stage is given the teacher.
 
     Of a black box nothing else goes out: its name is an id of this service, its source may be a private address.
@@ -283,8 +297,8 @@ def _write_golden(
         entries.append({"file": file, "label": label, "scores": scores})
     tolerance = {FILE_NAME: {"rtol": parity.RTOL, "atol": parity.ATOL}, INT8_FILE_NAME: INT8_TOLERANCE}
     document = {"tolerance": {name: tolerance[name] for name in expected}, "images": entries}
-    _write_json(folder / "golden.json", document)
+    write_json(folder / "golden.json", document)
 
 
-def _write_json(path: Path, document: Mapping[str, Any]) -> None:
+def write_json(path: Path, document: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(document, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")

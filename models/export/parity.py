@@ -6,9 +6,10 @@ graph's own preprocessing, so that a wrong mean, a swapped colour or another res
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
+from typing import Protocol
 
 import numpy as np
 import onnxruntime
@@ -32,6 +33,10 @@ LEVELS = {
     "optimisations off": onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
     "optimisations on": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,
 }
+
+
+#: Asks a graph for the scores of uint8 [B, height, width, 3].
+Answer = Callable[[onnxruntime.InferenceSession, NDArray[np.uint8]], NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
@@ -79,9 +84,25 @@ def session(
     return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
 
-def check(graph: bytes, reference: Reference, samples: Sequence[Sample]) -> Parity:
+class Judge(Protocol):
+    """What a graph is compared with."""
+
+    def probabilities(self, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """float [B, classes, ...] from uint8 [B, height, width, 3], without the graph."""
+
+
+def _only_output(runtime: onnxruntime.InferenceSession, batch: NDArray[np.uint8]) -> NDArray[np.float32]:
+    scores: NDArray[np.float32]
+    (scores,) = runtime.run(None, {"image": batch})
+    return scores
+
+
+def check(
+    graph: bytes, reference: Judge, samples: Sequence[Sample], probabilities: Answer = _only_output
+) -> Parity:
     """Compare the graph with `reference` on `samples`, in batches of 1, 2 and 7, optimisations off and on.
 
+    `probabilities` asks the graph for what the reference gives, [B, classes, ...].
     Raises `ExportError` at the first score off by more than ATOL + RTOL * score, or another best class.
     """
     if not samples:
@@ -92,7 +113,7 @@ def check(graph: bytes, reference: Reference, samples: Sequence[Sample]) -> Pari
         for names, batch in _batches(samples, size):
             expected = reference.probabilities(batch)
             for level, runtime in sessions.items():
-                (scores,) = runtime.run(None, {"image": batch})
+                scores = probabilities(runtime, batch)
                 largest = max(largest, _compare(scores, expected, names, f"batch {size}, {level}"))
                 comparisons += 1
     return Parity(len(samples), comparisons, largest, RTOL, ATOL, BATCHES, tuple(LEVELS))
@@ -133,7 +154,7 @@ def _compare(
             f"at most {ATOL:g} + {RTOL:g} x score is allowed"
         )
     best = np.sort(expected, axis=1)[:, ::-1]
-    margin = best[:, 0] - best[:, 1] if expected.shape[1] > 1 else np.ones(len(expected))
+    margin = best[:, 0] - best[:, 1] if expected.shape[1] > 1 else np.ones_like(best[:, 0])
     swapped = (scores.argmax(1) != expected.argmax(1)) & (margin > TIE)
     if swapped.any():
         row = int(np.argwhere(swapped)[0][0])

@@ -22,7 +22,17 @@ def fit(features: Features, labels: Labels, classes: int, penalty: float) -> tup
     Minimises the mean cross-entropy plus `penalty` / 2 times the squared weight of standardised features [N, D].
     """
     known = labels >= 0
-    chosen, truth = features[known].double(), labels[known]
+    return fit_shares(features[known], functional.one_hot(labels[known], classes), penalty)
+
+
+def fit_shares(features: Features, shares: Tensor, penalty: float) -> tuple[Tensor, Tensor, Tensor]:
+    """As `fit`, to rows that show several classes: `shares` [N, C], not negative, say how much of each.
+
+    A row counts as much as its shares sum to; one of zeros counts for nothing.
+    """
+    seen = shares.sum(1) > 0
+    chosen, truth = features[seen].double(), shares[seen].double()
+    classes, total = truth.shape[1], truth.sum()
     centre = chosen.mean(0)
     deviation = (chosen.var(0, correction=0) + _EPSILON).sqrt()
     standard = (chosen - centre) / deviation
@@ -32,9 +42,8 @@ def fit(features: Features, labels: Labels, classes: int, penalty: float) -> tup
 
     def loss() -> Tensor:
         optimiser.zero_grad()
-        value = (
-            functional.cross_entropy(standard @ weight + bias, truth) + penalty / 2 * weight.square().sum()
-        )
+        logits = standard @ weight + bias
+        value = -(truth * logits.log_softmax(1)).sum() / total + penalty / 2 * weight.square().sum()
         value.backward()  # type: ignore[no-untyped-call]
         return value
 

@@ -1,0 +1,171 @@
+"""WeCoLoRA for segmentation: the shorter vision transformer says of each pixel what it shows. Declares only.
+
+Blocks are left out and tokens distilled as in `wecolora`; then a linear layer on the tokens of the patches is fitted to
+a few images with masks, for the student and, to compare, for the teacher.
+
+Source: Grigore et al., arXiv:2404.09326. They put a TransUNet decoder on the student and train it on many masks; of a
+few only a linear layer can be fitted, as in Oquab et al. (DINOv2), arXiv:2304.07193, section 7.4.
+
+| artefact         | files |
+|---|---|
+| trained_student  | what `backbone` has; `head.safetensors`, `teacher_head.safetensors`, `student.json` |
+| cross_validation | `confusions.safetensors` "student", "teacher" [n, C, C], pixels by class and answer, "index" [n] |
+
+The others are as in `wecolora` and `models.stages`.
+"""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from models import stages
+from models.methods import wecolora
+from models.methods.wecolora import BlocksParams, TokenDistillationParams
+from models.pipeline import JobShape, Method, Params, Stage, StageContext, TeacherOutput
+from models.students import SHORTENED_VIT
+
+
+class DenseHeadParams(Params):
+    """The linear layer on the tokens of patches."""
+
+    penalty: float = Field(
+        1e-3, ge=0, le=100, description="Weight of the squared coefficients of standardised tokens."
+    )
+    mirror: bool = Field(
+        True,
+        description="Learn from mirror images, too. Switch off where left and right matter.",
+    )
+    most_patches: int = Field(
+        20_000,
+        ge=100,
+        le=1_000_000,
+        description="Patches that it is fitted to, at most, drawn from all images.",
+    )
+
+
+class WecoloraSegmentationParams(Params):
+    blocks: BlocksParams = Field(
+        BlocksParams(), description="Which of the teacher's blocks the student keeps."
+    )
+    distillation: TokenDistillationParams = Field(
+        TokenDistillationParams(), description="How the student is trained."
+    )
+    dense_head: DenseHeadParams = Field(
+        DenseHeadParams(), description="The linear layer on the tokens of patches."
+    )
+    evaluation: stages.EvaluationParams = Field(stages.EvaluationParams(), description="The report.")
+
+
+def fit_heads(context: StageContext, params: DenseHeadParams) -> None:
+    from models.training import dense_head
+
+    dense_head.fit_heads(context, params)
+
+
+def cross_validate(context: StageContext, params: TokenDistillationParams) -> None:
+    from models.training import dense_head
+
+    dense_head.cross_validate(context, params)
+
+
+def teacher_graph(context: StageContext, params: None) -> None:
+    from models.export import segmentation_graph
+
+    segmentation_graph.export_teacher(context)
+
+
+def export(context: StageContext, params: None) -> None:
+    from models.export import segmentation_graph
+
+    segmentation_graph.export_student(context)
+
+
+def evaluate(context: StageContext, params: stages.EvaluationParams) -> None:
+    from models.evaluation import segmentation_report
+
+    segmentation_report.run(context, params)
+
+
+def bundle(context: StageContext, params: None) -> None:
+    from models.export import segmentation_bundle
+
+    segmentation_bundle.run(context)
+
+
+def folds(shape: JobShape, params: WecoloraSegmentationParams) -> int:
+    """As many as there are images, up to five."""
+    return min(stages.FOLDS, shape.support)
+
+
+METHOD = Method(
+    name="wecolora_segmentation",
+    title="Weight copy and low-rank adaptation, for segmentation",
+    source="arXiv:2404.09326",
+    needs=frozenset({TeacherOutput.TOKENS}),
+    params=WecoloraSegmentationParams,
+    student=SHORTENED_VIT,
+    task="segmentation",
+    stages=(
+        wecolora.METHOD.stage("shorten"),
+        wecolora.METHOD.stage("distill_tokens"),
+        Stage(
+            "fit_heads",
+            fit_heads,
+            output="trained_student",
+            inputs=("support", "teacher", "backbone"),
+            params="dense_head",
+            weight=0.3,
+        ),
+        Stage(
+            "cross_validate",
+            cross_validate,
+            output="cross_validation",
+            inputs=("support", "teacher", "shortened", "trained_student"),
+            optional=("unlabelled",),
+            params="distillation",
+            shards=folds,
+            needed=lambda shape, params: shape.test == 0,
+            weight=40.0,
+        ),
+        Stage(
+            "teacher_graph",
+            teacher_graph,
+            output="teacher_onnx",
+            inputs=("teacher", "trained_student"),
+            queue="cpu",
+            seeded=False,
+            weight=0.3,
+        ),
+        Stage(
+            "export",
+            export,
+            output="student_onnx",
+            inputs=("trained_student", "teacher", "support"),
+            queue="cpu",
+            seeded=False,
+            weight=0.3,
+        ),
+        Stage(
+            "evaluate",
+            evaluate,
+            output="report",
+            inputs=("student_onnx", "trained_student", "teacher", "teacher_onnx", "student", "support"),
+            optional=("unlabelled", "test", "cross_validation"),
+            params="evaluation",
+            queue="cpu",
+            seeded=False,
+            weight=0.5,
+        ),
+        Stage(
+            "bundle",
+            bundle,
+            output="bundle",
+            inputs=("student_onnx", "report", "trained_student", "teacher", "support"),
+            optional=("unlabelled", "test"),
+            queue="cpu",
+            seeded=False,
+            weight=0.1,
+        ),
+    ),
+    presets=wecolora.METHOD.presets,
+)

@@ -1,0 +1,154 @@
+"""FIT_HEADS and CROSS_VALIDATE of segmentation: a linear layer on the tokens of patches, fitted to a few masks.
+
+The layer is a multinomial logistic regression whose target is the share of each class in the patch; answers are its
+logits, interpolated to the pixels. Evaluating frozen vision transformers by such a layer is Oquab et al. (DINOv2),
+arXiv:2304.07193, section 7.4, who train it by gradient descent on many masks. Of a few it is fitted to its optimum.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from models import teachers
+from models.arrays import Mask, Pixels
+from models.data import fewshot, images, masks
+from models.errors import DataError
+from models.evaluation import segmentation
+from models.methods.wecolora import TokenDistillationParams
+from models.methods.wecolora_segmentation import DenseHeadParams
+from models.pipeline import StageContext
+from models.runtime import autocast, generator, resolve_device
+from models.students import SHORTENED_VIT, dense_vit, shortened_vit
+from models.students.dense_vit import DenseHead, DenseStudent
+from models.students.shortened_vit import Backbone, Shortening
+from models.teachers.protocol import Teacher
+from models.training import linear_probe, token_distillation
+
+_AT_ONCE = 16
+
+
+def fit_heads(context: StageContext, params: DenseHeadParams) -> None:
+    """Fit the same kind of head to the student's tokens and to the teacher's. Writes what `dense_vit.load` reads."""
+    backbone = shortened_vit.load_backbone(context.folder("backbone"))
+    device = resolve_device(context.device)
+    teacher = teachers.load(teachers.read_spec(context.folder("teacher")), str(device), backbone.input_size)
+    shots = Shots.read(context, backbone.input_size)
+    head = fit(backbone.as_teacher(device), shots, params, context.seed)
+    context.report(1, 2)
+    teacher_head = fit(teacher, shots, params, context.seed)
+    context.report(2, 2)
+    trained_with = {"dense_head": params.model_dump()}
+    student = DenseStudent(backbone, head, teacher_head, SHORTENED_VIT, shots.classes, trained_with)
+    student.save(context.output)
+    shutil.copyfile(context.folder("backbone") / "history.json", context.output / "history.json")
+
+
+class Shots:
+    """Images to learn from: `pixels` uint8 [N, 3, S, S], N `masks` of the images' own sizes, names of C classes."""
+
+    def __init__(self, pixels: Pixels, of_pixels: Sequence[Mask], classes: tuple[str, ...]) -> None:
+        self.pixels = pixels
+        self.masks = list(of_pixels)
+        self.classes = classes
+
+    @classmethod
+    def read(cls, context: StageContext, size: int) -> Shots:
+        folder = context.folder("support")
+        split = fewshot.load(folder, size)
+        return cls(split.pixels, masks.load(folder), split.classes)
+
+    def at(self, rows: Tensor) -> Shots:
+        """Those at the positions `rows` [n]."""
+        chosen = rows.tolist()
+        return Shots(self.pixels[rows], [self.masks[row] for row in chosen], self.classes)
+
+    def __len__(self) -> int:
+        return len(self.masks)
+
+
+def fit(network: Teacher, shots: Shots, params: DenseHeadParams, seed: int) -> DenseHead:
+    """The head for a network's tokens of these images, and of their mirror images where `params.mirror`."""
+    random = generator(seed, "patches")
+    tokens, shares = [], []
+    views = (False, True) if params.mirror else (False,)
+    for mirrored in views:
+        for first in range(0, len(shots), _AT_ONCE):
+            seen = shots.pixels[first : first + _AT_ONCE]
+            of_seen = shots.masks[first : first + _AT_ONCE]
+            if mirrored:
+                seen, of_seen = seen.flip(-1), [mask.flip(-1) for mask in of_seen]
+            found = _tokens(network, seen)
+            side = dense_vit.grid_side(found.shape[1])
+            wanted = torch.cat([masks.cell_shares(mask, side, len(shots.classes)) for mask in of_seen])
+            share = params.most_patches / (len(views) * len(shots) * side**2)
+            kept = torch.rand(len(wanted), generator=random) < share
+            tokens.append(found.flatten(0, 1)[kept])
+            shares.append(wanted[kept])
+    return DenseHead(*linear_probe.fit_shares(torch.cat(tokens), torch.cat(shares), params.penalty)).eval()
+
+
+@torch.inference_mode()
+def _tokens(network: Teacher, pixels: Pixels) -> Tensor:
+    """float32 [N, h * w, D] on the CPU, of images uint8 [N, 3, S, S]."""
+    device = next(network.network.parameters()).device
+    ready = images.normalise(pixels.to(device).float() / 255, network.mean, network.std)
+    with autocast(device):
+        tokens = dense_vit.patch_tokens(network.network, ready)
+    return tokens.float().cpu()
+
+
+@torch.inference_mode()
+def confusions(network: Teacher, head: DenseHead, shots: Shots) -> Tensor:
+    """int64 [N, C, C]: for each image how many pixels of a class (row) were answered as which (column)."""
+    counts = []
+    for pixels, mask in zip(shots.pixels, shots.masks, strict=True):
+        logits = head(_tokens(network, pixels[None]))
+        of_pixels = dense_vit.upsampled(dense_vit.as_grid(logits), *mask.shape)
+        answer = of_pixels[0].argmax(0).to(torch.uint8)
+        counts.append(segmentation.confusion(mask.numpy(), answer.numpy(), len(shots.classes)))
+    return torch.from_numpy(np.stack(counts))
+
+
+def cross_validate(context: StageContext, params: TokenDistillationParams) -> None:
+    """One fold: hold a part of the labelled images back, distil and fit without them, then answer for them.
+
+    Writes `confusions.safetensors`: "student" and "teacher" int64 [n, C, C], "index" [n].
+    """
+    teacher = token_distillation.load_teacher(context, params)
+    document = json.loads((context.folder("trained_student") / "student.json").read_text())
+    head_params = DenseHeadParams.model_validate(document["trained_with"]["dense_head"])
+    shots = Shots.read(context, teacher.input_size)
+    if context.shards < 2:
+        raise DataError(
+            "cross-validation needs 2 images with masks, and there is one",
+            "Add images with masks, or a test split.",
+        )
+    held = folds(len(shots), context.shards, context.seed) == context.shard
+    learnt, judged = shots.at((~held).nonzero()[:, 0]), shots.at(held.nonzero()[:, 0])
+    pixels = learnt.pixels
+    if "unlabelled" in context.inputs:
+        pixels = torch.cat([pixels, fewshot.load(context.folder("unlabelled"), teacher.input_size).pixels])
+    shortening = Shortening.load(context.folder("shortened"))
+    network, _ = token_distillation.train(
+        teacher, shortening, pixels, params, context.seed, context.report, context.checkpoints
+    )
+    student = Backbone.of(teacher, network, shortening).as_teacher(resolve_device(context.device))
+    found = {
+        name: confusions(each, fit(each, learnt, head_params, context.seed), judged)
+        for name, each in (("student", student), ("teacher", teacher))
+    }
+    save_file({**found, "index": held.nonzero()[:, 0]}, context.output / "confusions.safetensors")
+
+
+def folds(count: int, shards: int, seed: int) -> Tensor:
+    """The fold int64 [count] of each image; folds are of equal size to within one."""
+    fold = torch.empty(count, dtype=torch.long)
+    fold[torch.randperm(count, generator=generator(seed, "folds"))] = torch.arange(count) % shards
+    return fold
