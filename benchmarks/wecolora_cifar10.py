@@ -32,8 +32,7 @@ from benchmarks.kd_cifar10 import Files, interval, unpacked
 from models import local, teachers
 from models.arrays import Features, Pixels
 from models.data import augment, fewshot, images
-from models.evaluation import latency
-from models.export import onnx_graph, parity
+from models.evaluation import depth_latency, latency
 from models.methods import METHODS
 from models.methods.wecolora import TokenDistillationParams
 from models.pipeline import Params
@@ -41,7 +40,6 @@ from models.runtime import generator, resolve_device, use_threads
 from models.students import SHORTENED_VIT, block_selection, shortened_vit, vit_families
 from models.students.shortened_vit import Shortening, TokenTap
 from models.teachers import TEACHERS, TeacherSpec
-from models.teachers.few_shot_head import HeadedNetwork
 from models.teachers.protocol import Teacher
 from models.training import linear_probe, low_rank, optimiser, token_distillation
 from models.training.loop import NoCheckpoints
@@ -241,11 +239,7 @@ def time_graphs(teacher: Teacher, runs: int) -> tuple[list[dict[str, Any]], list
     depth = len(vit_families.blocks_of(teacher.network))
     for r in FASTER:
         networks[f"r = {r}"] = shortened_vit.shorten(teacher.network, block_selection.last_of_group(depth, r))
-    sessions = {}
-    for name, network in networks.items():
-        whole = HeadedNetwork.empty(copy.deepcopy(network), teacher.embedding_dim, 10, scale=1.0, unit=True)
-        graph = onnx_graph.build(whole, teacher.input_size, teacher.mean, teacher.std)
-        sessions[name] = parity.session(onnx_graph.to_bytes(graph), threads=latency.THREADS)
+    sessions = {name: depth_latency.session(teacher, network) for name, network in networks.items()}
     random = torch.randint(0, 256, (teacher.input_size, teacher.input_size, 3), generator=generator(0))
     seconds = latency.interleaved(sessions, random.to(torch.uint8).numpy(), runs)
     rows, checks = [], []

@@ -40,6 +40,14 @@ class BlocksParams(Params):
         ge=1,
         description="The student's size without its head, at most. Given, r is the smallest for which that holds.",
     )
+    most_latency: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="The student's time for an image at most, as a share of the teacher's, which holds on other "
+        "machines, too. Given, r is the smallest for which that is measured: ONNX Runtime, one thread of a CPU, images "
+        "of the teacher's own size.",
+    )
     images: int = Field(64, ge=1, le=4096, description="Images that influence is measured on, at most.")
 
 

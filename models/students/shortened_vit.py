@@ -28,13 +28,15 @@ _DOCUMENT = "backbone.json"
 class Shortening:
     """What the student is made of: the blocks `kept`, ascending, of the `depth` that the teacher has.
 
-    `rule` chose them; `changes` is what `block_selection.least_change` measured, if it did.
+    `rule` chose them; `changes` is what `block_selection.least_change` measured, if it did, `timed` what
+    `evaluation.depth_latency` did (`Timed`).
     """
 
     kept: tuple[int, ...]
     depth: int
     rule: str
     changes: tuple[float, ...] = ()
+    timed: tuple[Mapping[str, Any], ...] = ()
 
     def save(self, folder: Path) -> None:
         (folder / "shortened.json").write_text(json.dumps(asdict(self), indent=1) + "\n")
@@ -45,7 +47,7 @@ class Shortening:
 
     @classmethod
     def of(cls, document: Mapping[str, Any]) -> Shortening:
-        lists = {name: tuple(document[name]) for name in ("kept", "changes")}
+        lists = {name: tuple(document[name]) for name in ("kept", "changes", "timed")}
         return cls(**{**document, **lists})
 
     @property

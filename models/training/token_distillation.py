@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator
+from dataclasses import asdict
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from models import teachers
 from models.arrays import Images, Pixels
 from models.data import augment, images
+from models.errors import TrainingError
+from models.evaluation.depth_latency import DepthTimer, Timed
 from models.methods.wecolora import BlocksParams, TokenDistillationParams
 from models.pipeline import Checkpoints, Report, StageContext
 from models.runtime import autocast, generator, resolve_device, seed_weights
@@ -44,6 +47,10 @@ def shorten(context: StageContext, params: BlocksParams) -> None:
             value.numel() for value in shortened_vit.shorten(teacher.network, range(depth)).parameters()
         )
         r = block_selection.smallest_r(depth, whole - depth * block, block, params.most_parameters)
+    timed: list[Timed] = []
+    if params.most_latency is not None:
+        smallest = r if params.most_parameters is not None else 2
+        r, timed = _fast_enough(teacher, params.rule, params.most_latency, range(smallest, depth + 1))
     changes: list[float] = []
     if params.rule == "first_of_group":
         kept = block_selection.first_of_group(depth, r)
@@ -53,8 +60,26 @@ def shorten(context: StageContext, params: BlocksParams) -> None:
         shown = _some_images(context, teacher.input_size, params.images)
         change = TokenChange(teacher, shown)
         kept, changes = block_selection.least_change(depth, r, change)
-    Shortening(kept, depth, params.rule, tuple(changes)).save(context.output)
+    measured = tuple(asdict(each) for each in timed)
+    Shortening(kept, depth, params.rule, tuple(changes), measured).save(context.output)
     context.report(1, 1, blocks=len(kept))
+
+
+def _fast_enough(teacher: Teacher, rule: str, most: float, choices: range) -> tuple[int, list[Timed]]:
+    """The smallest r of `choices` with which the student takes at most the share `most` of the teacher's time, and what
+    was measured. Raises `TrainingError` where none does.
+    """
+    depth = len(vit_families.blocks_of(teacher.network))
+    timer = DepthTimer(teacher)
+    for r in choices:
+        blocks = len(block_selection.first_of_group(depth, r)) if rule == "first_of_group" else depth // r
+        if timer(blocks).share <= most:
+            return r, timer.timed
+    least = min(timed.share for timed in timer.timed)
+    raise TrainingError(
+        f"no student of this teacher takes at most {most:.0%} of its time: with one block it takes {least:.0%}",
+        "Allow more time (blocks.most_latency), or choose a smaller teacher.",
+    )
 
 
 class TokenChange:

@@ -210,6 +210,11 @@ def test_a_smaller_student_than_its_teacher_sees_smaller_images(
     [
         ({"blocks": {"r": 7}}, TrainingError, "the teacher has 6 blocks: one of every 7 cannot be kept"),
         ({"blocks": {"most_parameters": 10}}, TrainingError, "at most 10 parameters: with one block it has"),
+        (
+            {"blocks": {"most_latency": 1e-3}},
+            TrainingError,
+            "at most 0% of its time: with one block it takes",
+        ),
         ({"distillation": {"rank": 49}}, TrainingError, "rank 49 is more than the teacher's layers have: 48"),
         (
             {"distillation": {"input_size": 36}},
@@ -228,6 +233,22 @@ def test_what_cannot_be_done_is_said_clearly(
     out, run = finished
     with pytest.raises(error, match=words):
         distil(splits_of(run, "support"), spec, out, "backbone", **changes)
+
+
+@pytest.mark.parametrize("most", [0.95, 0.5])
+def test_r_follows_from_a_latency_budget(
+    finished: tuple[Path, local.LocalRun], spec: TeacherSpec, tmp_path: Path, most: float
+) -> None:
+    splits = splits_of(finished[1], "support")
+    run = distil(splits, spec, tmp_path, "shortened", blocks={"r": 4, "most_latency": most})
+    shortening = Shortening.load(run.folder("shortened"))
+    *slower, chosen = shortening.timed
+    assert [timed["blocks"] for timed in shortening.timed] == [3, 2, 1][: len(shortening.timed)]
+    assert len(shortening.kept) == chosen["blocks"]
+    assert chosen["share"] <= most
+    assert all(timed["share"] > most for timed in slower)
+    for timed in shortening.timed:
+        assert timed["share"] == pytest.approx(timed["student_ms"] / timed["teacher_ms"])
 
 
 def test_a_teacher_that_is_no_vision_transformer_is_refused(
