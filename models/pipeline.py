@@ -24,7 +24,8 @@ SOURCES = ("support", "unlabelled", "test", "teacher", "student", "generator")
 Queue = Literal["gpu", "cpu"]
 Preset = Literal["draft", "balanced", "best"]
 #: What a student says of an image, and what is known of the labelled ones: its class, or (masks) that of each pixel.
-Task = Literal["classification", "segmentation"]
+#: Of features nothing need be known.
+Task = Literal["classification", "segmentation", "features"]
 
 
 class Params(BaseModel):

@@ -60,7 +60,7 @@ class DepthTimer:
 
 def session(teacher: Teacher, network: nn.Module) -> onnxruntime.InferenceSession:
     """`network`, of the teacher's kind, behind the teacher's preprocessing and with a head for ten classes."""
-    own = copy.deepcopy(network).cpu().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    own = copy.deepcopy(network).cpu().to(memory_format=torch.contiguous_format)
     headed = HeadedNetwork.empty(own, teacher.embedding_dim, _CLASSES, scale=1.0, unit=True)
     graph = onnx_graph.build(headed, teacher.input_size, teacher.mean, teacher.std)
     return parity.session(onnx_graph.to_bytes(graph), threads=latency.THREADS)

@@ -57,7 +57,7 @@ def run(context: StageContext, params: EvaluationParams) -> None:
     report: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "classes": list(classes),
-        "data": _data(context),
+        "data": data(context),
         **_generated(context),
         "evaluation": _how(judged, labelled, context),
         "student": {
@@ -294,7 +294,7 @@ def time_graphs(context: StageContext, runs: int) -> dict[str, Any]:
     return document
 
 
-def _data(context: StageContext) -> dict[str, Any]:
+def data(context: StageContext) -> dict[str, Any]:
     """Counts of images, and labelled ones of each of the data set's classes."""
     shots: dict[str, int] = {}
     if "support" in context.inputs:

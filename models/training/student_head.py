@@ -47,6 +47,25 @@ def refit(context: StageContext, params: StudentHeadParams) -> None:
     context.report(1, 1)
 
 
+def without_head(context: StageContext) -> None:
+    """The student as it is: it gives features. Writes `backbone.json`, `weights.safetensors`, a `student.json` without
+    classes, `history.json`."""
+    backbone = shortened_vit.load_backbone(context.folder("backbone"))
+    backbone.save(context.output)
+    document = {
+        "name": SHORTENED_VIT,
+        "input_size": backbone.input_size,
+        "classes": [],
+        "mean": backbone.mean,
+        "std": backbone.std,
+        "backbone": backbone.document(),
+        "trained_with": {},
+    }
+    (context.output / "student.json").write_text(json.dumps(document, indent=1))
+    shutil.copyfile(context.folder("backbone") / "history.json", context.output / "history.json")
+    context.report(1, 1)
+
+
 def headed(
     student: Teacher, pixels: Pixels, labels: Labels, teacher_head: FewShotHead, params: StudentHeadParams
 ) -> HeadedNetwork:

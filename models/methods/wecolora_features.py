@@ -1,0 +1,135 @@
+"""WeCoLoRA without a head: a shorter vision transformer that gives features, for search, clustering or a head of one's
+own. Declares only.
+
+Blocks are left out and tokens distilled as in `wecolora`. No image needs a label; those that have one serve for the
+report.
+
+Source: Grigore et al., arXiv:2404.09326, section 3.
+
+| artefact        | files |
+|---|---|
+| trained_student | `weights.safetensors`, `backbone.json`, `student.json` (without classes), `history.json` |
+
+The others are as in `wecolora` and `models.stages`.
+"""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from models import stages
+from models.methods import wecolora
+from models.methods.wecolora import BlocksParams, TokenDistillationParams
+from models.pipeline import Method, Params, Stage, StageContext, TeacherOutput
+from models.students import SHORTENED_VIT
+
+
+class FeatureEvaluationParams(stages.EvaluationParams):
+    images: int = Field(
+        2000, ge=2, le=20_000, description="Images whose features are compared with the teacher's, at most."
+    )
+
+
+class WecoloraFeaturesParams(Params):
+    blocks: BlocksParams = Field(
+        BlocksParams(), description="Which of the teacher's blocks the student keeps."
+    )
+    distillation: TokenDistillationParams = Field(
+        TokenDistillationParams(), description="How the student is trained."
+    )
+    evaluation: FeatureEvaluationParams = Field(FeatureEvaluationParams(), description="The report.")
+
+
+def without_head(context: StageContext, params: None) -> None:
+    from models.training import student_head
+
+    student_head.without_head(context)
+
+
+def teacher_graph(context: StageContext, params: None) -> None:
+    from models.export import feature_graph
+
+    feature_graph.export_teacher(context)
+
+
+def export(context: StageContext, params: None) -> None:
+    from models.export import feature_graph
+
+    feature_graph.export_student(context)
+
+
+def evaluate(context: StageContext, params: FeatureEvaluationParams) -> None:
+    from models.evaluation import feature_report
+
+    feature_report.run(context, params)
+
+
+def bundle(context: StageContext, params: None) -> None:
+    from models.export import feature_bundle
+
+    feature_bundle.run(context)
+
+
+METHOD = Method(
+    name="wecolora_features",
+    title="Weight copy and low-rank adaptation, for features",
+    source="arXiv:2404.09326",
+    needs=frozenset({TeacherOutput.FEATURES, TeacherOutput.TOKENS}),
+    params=WecoloraFeaturesParams,
+    student=SHORTENED_VIT,
+    task="features",
+    stages=(
+        wecolora.METHOD.stage("shorten"),
+        wecolora.METHOD.stage("distill_tokens"),
+        Stage(
+            "without_head",
+            without_head,
+            output="trained_student",
+            inputs=("backbone",),
+            queue="cpu",
+            seeded=False,
+            weight=0.1,
+        ),
+        Stage(
+            "teacher_graph",
+            teacher_graph,
+            output="teacher_onnx",
+            inputs=("teacher", "trained_student"),
+            queue="cpu",
+            seeded=False,
+            weight=0.3,
+        ),
+        Stage(
+            "export",
+            export,
+            output="student_onnx",
+            inputs=("trained_student", "teacher"),
+            optional=("support", "unlabelled"),
+            queue="cpu",
+            seeded=False,
+            weight=0.3,
+        ),
+        Stage(
+            "evaluate",
+            evaluate,
+            output="report",
+            inputs=("student_onnx", "trained_student", "teacher", "teacher_onnx", "student"),
+            optional=("support", "unlabelled", "test"),
+            params="evaluation",
+            queue="cpu",
+            seeded=False,
+            weight=0.5,
+        ),
+        Stage(
+            "bundle",
+            bundle,
+            output="bundle",
+            inputs=("student_onnx", "report", "trained_student", "teacher"),
+            optional=("support", "unlabelled", "test"),
+            queue="cpu",
+            seeded=False,
+            weight=0.1,
+        ),
+    ),
+    presets=wecolora.METHOD.presets,
+)
