@@ -168,6 +168,8 @@ class Made:
         self, verdict: int | None, given: NDArray[np.float64] | None, label: int
     ) -> tuple[bool | None, str]:
         """Whether the image is learnt from (None: not decided yet), and why not."""
+        if verdict is None and "shortened" in self.outputs:  # a network's tokens are learnt of all images
+            return True, ""
         if verdict is None:
             undecided = "soft_labels" not in self.outputs or self.selects
             if undecided:

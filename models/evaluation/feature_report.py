@@ -62,6 +62,7 @@ def document(context: StageContext, params: FeatureEvaluationParams) -> dict[str
         "task": "features",
         "classes": [],
         "data": report.data(context),
+        **report.generated(context),
         "evaluation": {
             "kind": judged_on,
             "images": len(seen.labels),

@@ -58,7 +58,7 @@ def run(context: StageContext, params: EvaluationParams) -> None:
         "schema_version": SCHEMA_VERSION,
         "classes": list(classes),
         "data": data(context),
-        **_generated(context),
+        **generated(context),
         "evaluation": _how(judged, labelled, context),
         "student": {
             "name": students.read_name(context.folder("student")),
@@ -179,7 +179,7 @@ def _how(judged: Answers, labelled: Answers | None, context: StageContext) -> di
         f"of a test split of the same size, as the folds share training images: it counts the {count} answers as "
         f"{effective:.0f}. Upload a test split for a measurement."
     )
-    if "generator" in context.inputs:
+    if "selection" in context.inputs:
         text += (
             " What the generator learned of a class it learned from all labelled images, also from those that a fold "
             "held back: the estimate may be somewhat too high."
@@ -309,7 +309,7 @@ def data(context: StageContext) -> dict[str, Any]:
     }
 
 
-def _generated(context: StageContext) -> dict[str, Any]:
+def generated(context: StageContext) -> dict[str, Any]:
     """Under "generator": which one made images, how many, and how many were learned from. Empty without any."""
     if "generator" not in context.inputs:
         return {}

@@ -224,7 +224,10 @@ def data(report: Report, teacher: AnyTeacher) -> str:
         )
     generator = report.get("generator")
     if generator:
-        origin = "the names of the classes" if report["teacher"]["black_box"] else "the labelled ones"
+        from_names = report["teacher"]["black_box"] or shortened
+        origin = "the names of the classes" if from_names else "the labelled ones"
+        if shortened and not shots:
+            origin = "a neutral word"
         how += f"; and from {generator['kept']} images that {plain(generator['title'])}, a generator, made of {origin}"
     return (
         f"{given}, all given by the bundle's owner; {apart}. {how}.\n\n"

@@ -10,18 +10,20 @@ arXiv:2404.09326, section 3. Its reference code was not used.
 | artefact        | files |
 |---|---|
 | shortened       | `shortened.json`: which blocks are kept, and why those |
+| synthetic       | as in `models.methods.fsbbt`, of the maker diffusion |
 | backbone        | `weights.safetensors`, `backbone.json`: the student without head; `history.json` |
 | trained_student | as in `models.stages`; `student.json` has under "backbone" what `backbone.json` has |
 """
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from models import stages
-from models.pipeline import Method, Params, Stage, StageContext, TeacherOutput
+from models.methods.fsbbt import CHUNK, DrawingParams
+from models.pipeline import JobShape, Method, Params, Stage, StageContext, TeacherOutput
 from models.students import SHORTENED_VIT
 
 
@@ -49,6 +51,17 @@ class BlocksParams(Params):
         "of the teacher's own size.",
     )
     images: int = Field(64, ge=1, le=4096, description="Images that influence is measured on, at most.")
+
+
+class GenerationParams(DrawingParams):
+    """Images that are learnt from like unlabelled ones, made by the diffusion model that the order names."""
+
+    images: int = Field(
+        0,
+        ge=0,
+        le=1_000_000,
+        description="How many, of the classes' names in turn. 0: none, and no generator.",
+    )
 
 
 class TokenDistillationParams(Params):
@@ -137,6 +150,9 @@ class WecoloraParams(Params):
         stages.TeacherParams(), description="What the teacher is shown for its own classifier."
     )
     head: stages.HeadParams = Field(stages.HeadParams(), description="The teacher's few-shot classifier.")
+    generation: GenerationParams = Field(
+        GenerationParams(), description="Images that are made to learn from, besides the given ones."
+    )
     distillation: TokenDistillationParams = Field(
         TokenDistillationParams(), description="How the student is trained."
     )
@@ -151,6 +167,12 @@ def shorten(context: StageContext, params: BlocksParams) -> None:
     from models.training import token_distillation
 
     token_distillation.shorten(context, params)
+
+
+def draw(context: StageContext, params: GenerationParams) -> None:
+    from models.generators import prompted
+
+    prompted.run_for_tokens(context, params)
 
 
 def distill_tokens(context: StageContext, params: TokenDistillationParams) -> None:
@@ -171,6 +193,41 @@ def cross_validate(context: StageContext, params: TokenDistillationParams) -> No
     student_head.cross_validate(context, params)
 
 
+def makes_images(shape: JobShape, params: Any) -> bool:
+    """Whether a job of a method with a group `generation` makes images to learn from."""
+    return bool(params.generation.images > 0)
+
+
+SHORTEN = Stage(
+    "shorten",
+    shorten,
+    output="shortened",
+    inputs=("teacher",),
+    optional=("support", "unlabelled"),
+    params="blocks",
+    seeded=False,
+    weight=0.2,
+)
+DRAW = Stage(
+    "draw",
+    draw,
+    output="synthetic",
+    inputs=("teacher", "generator"),
+    optional=("support",),
+    params="generation",
+    shards=lambda shape, params: -(-params.generation.images // CHUNK),
+    needed=makes_images,
+    weight=5.0,
+)
+DISTILL_TOKENS = Stage(
+    "distill_tokens",
+    distill_tokens,
+    output="backbone",
+    inputs=("teacher", "shortened"),
+    optional=("support", "unlabelled"),
+    params="distillation",
+    weight=10.0,
+)
 METHOD = Method(
     name="wecolora",
     title="Weight copy and low-rank adaptation",
@@ -178,28 +235,13 @@ METHOD = Method(
     needs=frozenset({TeacherOutput.FEATURES, TeacherOutput.TOKENS}),
     params=WecoloraParams,
     student=SHORTENED_VIT,
+    draws=lambda params: params.generation.images > 0,
     stages=(
-        Stage(
-            "shorten",
-            shorten,
-            output="shortened",
-            inputs=("teacher",),
-            optional=("support", "unlabelled"),
-            params="blocks",
-            seeded=False,
-            weight=0.2,
-        ),
+        SHORTEN,
         stages.ASK,
         stages.LABEL,
-        Stage(
-            "distill_tokens",
-            distill_tokens,
-            output="backbone",
-            inputs=("teacher", "shortened"),
-            optional=("support", "unlabelled"),
-            params="distillation",
-            weight=10.0,
-        ),
+        DRAW,
+        DISTILL_TOKENS.given("synthetic"),
         Stage(
             "refit_head",
             refit_head,
@@ -215,7 +257,7 @@ METHOD = Method(
             cross_validate,
             output="cross_validation",
             inputs=("support", "teacher", "shortened", "teacher_answers", "soft_labels", "trained_student"),
-            optional=("unlabelled",),
+            optional=("unlabelled", "synthetic"),
             params="distillation",
             shards=stages.folds,
             needed=lambda shape, params: shape.test == 0,
@@ -224,7 +266,7 @@ METHOD = Method(
         stages.EXAMINE,
         stages.TEACHER_GRAPH,
         stages.EXPORT,
-        stages.EVALUATE.given("teacher_onnx", "cross_validation"),
+        stages.EVALUATE.given("teacher_onnx", "cross_validation", "generator", "synthetic"),
         stages.BUNDLE,
     ),
     presets={

@@ -19,7 +19,7 @@ from pydantic import Field
 
 from models import stages
 from models.methods import wecolora
-from models.methods.wecolora import BlocksParams, TokenDistillationParams
+from models.methods.wecolora import BlocksParams, GenerationParams, TokenDistillationParams
 from models.pipeline import Method, Params, Stage, StageContext, TeacherOutput
 from models.students import SHORTENED_VIT
 
@@ -33,6 +33,9 @@ class FeatureEvaluationParams(stages.EvaluationParams):
 class WecoloraFeaturesParams(Params):
     blocks: BlocksParams = Field(
         BlocksParams(), description="Which of the teacher's blocks the student keeps."
+    )
+    generation: GenerationParams = Field(
+        GenerationParams(), description="Images that are made to learn from, besides the given ones."
     )
     distillation: TokenDistillationParams = Field(
         TokenDistillationParams(), description="How the student is trained."
@@ -77,10 +80,12 @@ METHOD = Method(
     needs=frozenset({TeacherOutput.FEATURES, TeacherOutput.TOKENS}),
     params=WecoloraFeaturesParams,
     student=SHORTENED_VIT,
+    draws=lambda params: params.generation.images > 0,
     task="features",
     stages=(
-        wecolora.METHOD.stage("shorten"),
-        wecolora.METHOD.stage("distill_tokens"),
+        wecolora.SHORTEN,
+        wecolora.DRAW,
+        wecolora.DISTILL_TOKENS.given("synthetic"),
         Stage(
             "without_head",
             without_head,
@@ -114,7 +119,7 @@ METHOD = Method(
             evaluate,
             output="report",
             inputs=("student_onnx", "trained_student", "teacher", "teacher_onnx", "student"),
-            optional=("support", "unlabelled", "test"),
+            optional=("support", "unlabelled", "test", "generator", "synthetic"),
             params="evaluation",
             queue="cpu",
             seeded=False,

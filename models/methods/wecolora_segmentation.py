@@ -106,8 +106,8 @@ METHOD = Method(
     student=SHORTENED_VIT,
     task="segmentation",
     stages=(
-        wecolora.METHOD.stage("shorten"),
-        wecolora.METHOD.stage("distill_tokens"),
+        wecolora.SHORTEN,
+        wecolora.DISTILL_TOKENS,
         Stage(
             "fit_heads",
             fit_heads,

@@ -118,8 +118,9 @@ def cross_validate(context: StageContext, params: TokenDistillationParams) -> No
         answers[rows], labels[kept][position], position, centre
     )
     shortening = Shortening.load(context.folder("shortened"))
+    learnt = torch.cat([pixels[kept], token_distillation.read_synthetic(context, teacher.input_size)])
     network, _ = token_distillation.train(
-        teacher, shortening, pixels[kept], params, context.seed, context.report, context.checkpoints
+        teacher, shortening, learnt, params, context.seed, context.report, context.checkpoints
     )
     student = Backbone.of(teacher, network, shortening).as_teacher(resolve_device(context.device))
     trained = headed(student, pixels[kept], labels[kept], head, head_params)

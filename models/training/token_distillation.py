@@ -18,13 +18,14 @@ from models.arrays import Images, Pixels
 from models.data import augment, images
 from models.errors import TrainingError
 from models.evaluation.depth_latency import DepthTimer, Timed
+from models.generators import shards
 from models.methods.wecolora import BlocksParams, TokenDistillationParams
 from models.pipeline import Checkpoints, Report, StageContext
 from models.runtime import autocast, generator, resolve_device, seed_weights
 from models.students import SHORTENED_VIT, block_selection, shortened_vit, vit_families
 from models.students.shortened_vit import Backbone, Shortening, TokenTap
 from models.teachers.protocol import Teacher
-from models.training import distillation, low_rank, selection
+from models.training import distillation, low_rank
 from models.training.checkpoint import History
 from models.training.loop import Schedule, fit
 
@@ -133,12 +134,17 @@ def load_teacher(context: StageContext, params: TokenDistillationParams) -> Teac
 
 
 def read_pixels(context: StageContext, size: int) -> Pixels:
-    """All images that there are to learn from, [N, 3, size, size]: labelled, unlabelled, kept synthetic ones."""
+    """All images that there are to learn from, [N, 3, size, size]: labelled, unlabelled, synthetic ones."""
     pixels, _ = distillation.read_images(context, size)
+    return torch.cat([pixels, read_synthetic(context, size)])
+
+
+def read_synthetic(context: StageContext, size: int) -> Pixels:
+    """Those that DRAW made, [n, 3, size, size]; none where there are none."""
     if "synthetic" not in context.inputs:
-        return pixels
-    index = selection.kept(context).nonzero()[:, 0]
-    return torch.cat([pixels, distillation.read_synthetic(context, index, size)])
+        return torch.empty(0, 3, size, size, dtype=torch.uint8)
+    index = torch.arange(shards.count(context.inputs["synthetic"]))
+    return distillation.read_synthetic(context, index, size)
 
 
 def train(

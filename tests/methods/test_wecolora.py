@@ -16,11 +16,15 @@ from safetensors.torch import load_file
 from models import local, students, teachers
 from models.data import fewshot, images
 from models.errors import TeacherError, TrainingError
+from models.generators import GeneratorSpec
 from models.methods import METHODS
+from models.pipeline import JobShape, StageContext
 from models.students import SHORTENED_VIT, shortened_vit
 from models.students.shortened_vit import Shortening
 from models.teachers import TeacherSpec
-from tests import tiny_vit
+from models.training import token_distillation
+from models.training.loop import NoCheckpoints
+from tests import tiny_diffusion, tiny_vit
 
 WECOLORA = METHODS["wecolora"]
 CLASSES = ("blue", "green", "red")
@@ -76,6 +80,20 @@ def finished(
 ) -> tuple[Path, local.LocalRun]:
     out = tmp_path_factory.mktemp("out")
     return out, distil(folder, spec, out)
+
+
+def context_of(run: local.LocalRun, counts: dict[str, int]) -> StageContext:
+    """As DISTILL_TOKENS is given it."""
+    names = [name for name in ("support", "unlabelled", "synthetic") if name in run.folders]
+    return StageContext(
+        inputs={name: run.folders[name] for name in names},
+        output=Path(),
+        shape=JobShape(classes=3, smallest_class=4, **{"support": 0, **counts}),
+        seed=0,
+        device="cpu",
+        report=lambda *_, **__: None,
+        checkpoints=NoCheckpoints(),
+    )
 
 
 def splits_of(run: local.LocalRun, *names: str) -> dict[str, Path]:
@@ -188,6 +206,46 @@ def test_without_a_test_split_it_is_cross_validated(
     report = json.loads((run.folder("report") / "report.json").read_text())
     assert report["evaluation"]["kind"] == "cross_validation"
     assert (report["evaluation"]["images"], report["evaluation"]["folds"]) == (12, SHOTS)
+
+
+@pytest.mark.parametrize("name", ["wecolora", "wecolora_features"])
+def test_it_learns_from_images_that_a_generator_makes_of_the_classes_names(
+    finished: tuple[Path, local.LocalRun], spec: TeacherSpec, tmp_path: Path, name: str
+) -> None:
+    """They are as large as the generator's, and squeezed to the size of the student's; its features need no names."""
+    method = METHODS[name]
+    generator = GeneratorSpec(
+        name="tiny", title="Random weights", kind="local", source=str(tiny_diffusion.write(tmp_path / "tiny")),
+        resolution=tiny_diffusion.SIDE, licence="Apache-2.0", licence_url="https://example.org/licence",
+    )  # fmt: skip
+    changes: dict[str, dict[str, Any]] = {
+        "generation": {"images": 7, "steps": 2},
+        "distillation": {**QUICK["distillation"], "steps": 3},
+        "evaluation": QUICK["evaluation"],
+    }
+    splits = splits_of(finished[1], "unlabelled", *(["support", "test"] if name == "wecolora" else []))
+    run = local.run(
+        method, splits, spec, SHORTENED_VIT, tmp_path / "out", params=method.resolve("draft", changes),
+        device="cpu", generator=generator,
+    )  # fmt: skip
+    made = load_file(run.folder("synthetic") / "images.safetensors")
+    assert made["pixels"].shape == (7, 3, tiny_diffusion.SIDE, tiny_diffusion.SIDE)
+    assert made["label"].tolist() == ([0, 1, 2] * 2 + [0] if name == "wecolora" else [-1] * 7)
+    context = context_of(run, {"unlabelled": 6, "support": 12 if name == "wecolora" else 0})
+    pixels = token_distillation.read_pixels(context, tiny_vit.SIDE)
+    assert len(pixels) == 7 + 6 + (12 if name == "wecolora" else 0)
+    resized = images.resize(made["pixels"].float() / 255, tiny_vit.SIDE)
+    assert torch.equal(pixels[-7:], images.to_pixels(resized))
+    report = json.loads((run.folder("report") / "report.json").read_text())
+    assert (report["generator"]["images"], report["generator"]["kept"]) == (7, 7)
+    card = (run.folder("bundle") / "MODEL_CARD.md").read_text()
+    origin = "the names of the classes" if name == "wecolora" else "a neutral word"
+    assert f"7 images that Random weights, a generator, made of {origin}" in card
+
+
+def test_without_generated_images_a_job_reads_no_generator() -> None:
+    for name in ("wecolora", "wecolora_features"):
+        assert not METHODS[name].draws(METHODS[name].resolve("best", {}))
 
 
 def test_a_smaller_student_than_its_teacher_sees_smaller_images(
