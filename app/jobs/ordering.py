@@ -96,7 +96,7 @@ def plan_work(session: Session, principal: Principal, order: JobOrder, choice: C
     dataset = datasets.get(session, principal, order.dataset_id)
     shape = plan.shape_of(len(dataset.classes), dataset.smallest_class, dataset.splits)
     _check_images(order.dataset_id, choice, shape, set(dataset.splits))
-    _check_classes(order.dataset_id, choice.teacher, dataset.classes, shape)
+    _check_classes(order.dataset_id, choice, dataset.classes, shape)
     digests = {name: digest(document) for name, document in choice.documents.items()}
     sources = {split: {"files": {"images.zip": about["digest"]}} for split, about in dataset.splits.items()}
     sources |= {
@@ -185,10 +185,10 @@ def _check_images(dataset_id: str, choice: Choice, shape: JobShape, splits: set[
         )
 
 
-def _check_classes(dataset_id: str, teacher: Resolved, classes: list[str], shape: JobShape) -> None:
-    spec = teacher.spec
+def _check_classes(dataset_id: str, choice: Choice, classes: list[str], shape: JobShape) -> None:
+    spec = choice.teacher.spec
     if isinstance(spec, TeacherSpec):
-        if not shape.support:
+        if not shape.support and choice.method.task != "features":
             raise Invalid(
                 f"Teacher '{spec.name}' learns the classes from labelled images, and data set {dataset_id} has none. "
                 "Choose a teacher of your own (POST /v1/teachers), which has classes, or add labelled images.",

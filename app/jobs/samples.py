@@ -213,7 +213,7 @@ def _read(wiring: Wiring, principal: Principal, job_id: str) -> Made:
         selection = session.scalar(select)
         outputs = {
             name: _shards(session, principal, job_id, name)
-            for name in ("synthetic", "soft_labels", "selection")
+            for name in ("synthetic", "soft_labels", "selection", "shortened")
         }
     return Made(
         blobs=wiring.blobs,
