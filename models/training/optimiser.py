@@ -42,20 +42,29 @@ def _cosine(start: float, end: float, progress: float) -> float:
     return end + (start - end) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
 
 
+def changing(network: nn.Module) -> list[str]:
+    """The names, in the network's state, of what training changes: parameters that learn, and buffers."""
+    frozen = {name for name, value in network.named_parameters() if not value.requires_grad}
+    return [name for name in network.state_dict() if name not in frozen]
+
+
 class WeightAverage:
     """Exponential running average of parameters and buffers (Tarvainen & Valpola, arXiv:1703.01780, eq. 1).
 
-    Early on it forgets faster, (1 + t) / (10 + t), so that the first weights do not linger.
+    Early on it forgets faster, (1 + t) / (10 + t), so that the first weights do not linger. Frozen parameters are
+    left as they are.
     """
 
     def __init__(self, network: nn.Module, decay: float) -> None:
+        self._names = changing(network)
         self.network = copy.deepcopy(network).eval().requires_grad_(False)
         self.decay = decay
 
     @torch.no_grad()
     def update(self, network: nn.Module, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))
-        kept, new = list(self.network.state_dict().values()), list(network.state_dict().values())
+        states = (self.network.state_dict(), network.state_dict())
+        kept, new = ([state[name] for name in self._names] for state in states)
         pairs = [(a, b) for a, b in zip(kept, new, strict=True) if a.is_floating_point()]
         torch._foreach_lerp_([a for a, _ in pairs], [b for _, b in pairs], 1 - decay)
         for a, b in zip(kept, new, strict=True):

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from models import students
@@ -154,3 +155,33 @@ def test_a_saved_student_loads_and_answers_the_same(tmp_path: Path) -> None:
     images = torch.randn(2, 3, 32, 32, generator=generator(3))
     assert torch.allclose(loaded.network(images), network(images), atol=1e-6)
     assert (loaded.name, loaded.input_size, loaded.classes) == ("conv4", 32, ("a", "b", "c"))
+
+
+def test_frozen_weights_are_neither_kept_nor_averaged_away(tmp_path: Path) -> None:
+    def network(width: int = 2) -> nn.Sequential:
+        torch.manual_seed(0)
+        made = nn.Sequential(nn.Linear(3, width), nn.Linear(width, 1))
+        made[0].requires_grad_(False)
+        return made
+
+    inputs = torch.ones(4, 3)
+
+    def train(model: nn.Module, checkpoints: FolderCheckpoints) -> nn.Module:
+        schedule = Schedule(steps=10, lr=0.05, weight_decay=0.0, ema_decay=0.9)
+        return fit(model, lambda step: model(inputs).square().mean(), schedule, silent, checkpoints)[0]
+
+    with pytest.raises(Killed):
+        train(network(), DiesAfter(tmp_path))
+    latest = FolderCheckpoints(tmp_path).latest()
+    assert latest is not None
+    names = {
+        name for name in load_file(latest / "state.safetensors") if name.startswith(("network", "average"))
+    }
+    assert names == {f"{which}.1.{what}" for which in ("network", "average") for what in ("weight", "bias")}
+    trained = train(network(), FolderCheckpoints(tmp_path)).state_dict()
+    assert torch.equal(trained["0.weight"], network()[0].weight)
+    assert not torch.equal(trained["1.weight"], network()[1].weight)
+
+    free = network().requires_grad_(True)
+    with pytest.raises(RuntimeError, match=r"of another network: it has no 0\.weight"):
+        train(free, FolderCheckpoints(tmp_path))

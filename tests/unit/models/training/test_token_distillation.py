@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
+from safetensors.torch import load_file
 from torch.nn import functional
 
 from models import teachers
@@ -96,7 +97,10 @@ def test_training_that_was_stopped_goes_on_to_the_same_student(
     checkpoints = FolderCheckpoints(tmp_path, every=0)
     with pytest.raises(Stopped):
         train(checkpoints, stop)  # at step 10, after the checkpoint of step 9
-    assert checkpoints.latest() is not None
+    latest = checkpoints.latest()
+    assert latest is not None
+    kept = load_file(latest / "state.safetensors")
+    assert adaptation == "full" or all(".a." in name or ".b." in name for name in kept if "network." in name)
     for name, value in train(checkpoints).items():
         torch.testing.assert_close(value, whole[name], rtol=1e-3, atol=1e-5)
 
