@@ -97,6 +97,7 @@ def dataset(made: Dataset) -> None:
     """A data set and what was found in it."""
     splits = ", ".join(f"{split.get('images', '?')} {name}" for name, split in made.splits.items())
     classes = f"{len(made.classes)} classes" if made.classes else "no classes"
+    classes += " in masks" if made.task == "segmentation" else ""
     out.print(Text(f"{made.id}  {made.name}: {classes} ({splits})"))
     remarks = made.report.get("warnings", [])
     kinds = Counter(remark["code"] for remark in remarks)
@@ -117,8 +118,15 @@ def prediction(seen: Prediction) -> None:
 def report(found: dict[str, Any]) -> None:
     """Student beside teacher: accuracy, size, speed, as far as they are known."""
     student, teacher, latency = found["student"], found["teacher"], found["latency"]
+    segments = found.get("task") == "segmentation"
+    how_good = (
+        {"mean IoU": "miou", "pixel accuracy": "pixel_accuracy"} if segments else {"accuracy": "accuracy"}
+    )
     rows = [
-        ("accuracy", *(_known(network["accuracy"], _interval) for network in (student, teacher))),
+        *(
+            (title, *(_known(network[name], _interval) for network in (student, teacher)))
+            for title, name in how_good.items()
+        ),
         ("parameters", *(_known(network["parameters"], "{:,}".format) for network in (student, teacher))),
         ("file", *(_known(network["bytes"], _size) for network in (student, teacher))),
         ("one image", *(_known(latency[name], _median) for name in ("student", "teacher"))),
@@ -134,8 +142,8 @@ def report(found: dict[str, Any]) -> None:
     if faster is not None:
         how = f"({latency['runtime']}, {latency['threads']} thread)"
         gains.append(f"{_times(faster['value'], 'faster', 'slower')} {how}")
-    agreement = f"agreement with the teacher {_interval(found['agreement'])}"
-    out.print(Text("; ".join([", ".join(gains), agreement] if gains else [agreement])))
+    agreement = [] if segments else [f"agreement with the teacher {_interval(found['agreement'])}"]
+    out.print(Text("; ".join([*([", ".join(gains)] if gains else []), *agreement])))
     if found["int8"]["asked"]:
         out.print(
             Text(f"int8: {'made' if found['int8']['accepted'] else 'refused'}, {found['int8']['reason']}")
@@ -204,7 +212,9 @@ def _times(ratio: float, good: str, bad: str) -> str:
 
 
 def _interval(share: dict[str, Any]) -> str:
-    """A share with its 95 % interval."""
+    """A share with its 95 % interval, where there is one."""
+    if share["low"] is None:
+        return f"{share['value']:.1%}"
     return f"{share['value']:.1%} [{share['low']:.1%}, {share['high']:.1%}]"
 
 

@@ -127,6 +127,8 @@ def evaluate(
 def _method(name: str) -> Method:
     if name not in METHODS:
         raise typer.BadParameter(f"there is no method '{name}'; there are: {', '.join(sorted(METHODS))}")
+    if METHODS[name].task != "classification":
+        raise typer.BadParameter(f"method '{name}' makes no student that tells classes of images")
     return METHODS[name]
 
 

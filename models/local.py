@@ -148,8 +148,8 @@ def _check_task(method: Method, splits: Mapping[str, Path]) -> None:
     """Raise `DataError` where the labelled images have masks and the method learns classes, or the reverse."""
     support = splits.get("support")
     masked = support is not None and archive.read_index(support / archive.FILE_NAME).masked
-    if masked != (method.task == "segmentation"):
-        fitting = [name for name, known in METHODS.items() if (known.task == "segmentation") == masked]
+    if masked != method.learns_masks:
+        fitting = [name for name, known in METHODS.items() if known.learns_masks == masked]
         raise DataError(
             f"method '{method.name}' is for {method.task}, and these images have {'' if masked else 'no '}masks",
             f"Choose another method: {', '.join(fitting)}.",

@@ -243,6 +243,11 @@ class Method:
         """Whether a stage of this method is given `source`."""
         return any(source in (*stage.inputs, *stage.optional) for stage in self.stages)
 
+    @property
+    def learns_masks(self) -> bool:
+        """Whether its labelled images must have masks; those of other methods must have none."""
+        return self.task == "segmentation"
+
     def stage(self, name: str) -> Stage:
         return next(stage for stage in self.stages if stage.name == name)
 

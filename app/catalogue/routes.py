@@ -79,6 +79,7 @@ def _method(name: str) -> MethodAnswer:
         id=method.name,
         title=method.title,
         source=method.source,
+        task=method.task,
         needs=sorted(method.needs),
         student=method.student,
         stages=[_stage(stage) for stage in method.stages],

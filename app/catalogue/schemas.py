@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from app.schemas import Answer
+from models.pipeline import Task
 
 
 class StageAnswer(Answer):
@@ -23,6 +24,9 @@ class MethodAnswer(Answer):
     id: str
     title: str
     source: str = Field(description="The paper.")
+    task: Task = Field(
+        description="What its students tell of an image. Masks are for segmentation, and only for that."
+    )
     needs: list[str] = Field(description="What it asks of a teacher; a teacher's `offers` must include them.")
     student: str | None = Field(
         description="The one student that it makes, out of its teacher. Null: any of GET /v1/architectures."

@@ -29,6 +29,7 @@ class Page(Answer, Generic[Item]):
 class Dataset(Answer):
     id: str
     name: str
+    task: str = "classification"
     classes: list[Any]
     splits: dict[str, Any] = {}
     report: dict[str, Any] = {}

@@ -14,7 +14,8 @@ from typing import IO
 from app.client.errors import ClientError
 
 #: Where images come from: a folder of class folders, a zip of them, or pairs of "class/file" and content. Images
-#: without a label lie in a folder `unlabelled`, which may be the only one.
+#: without a label lie in a folder `unlabelled`, which may be the only one. For segmentation the folders are `images`
+#: and `masks`, beside a file `classes.txt`.
 Source = str | Path | Iterable[tuple[str, Path | bytes]]
 
 #: Packed images up to this size stay in memory.

@@ -2,7 +2,8 @@
 
 It limits itself before it loads Pillow, then answers one request after the other.
 
-Request on stdin: length (4 bytes, big endian), then the file's content.
+Request on stdin: length, width and height (4 bytes each, big endian), then the file's content. Width and height are 0
+for an image; a mask names the size that it is kept at, which is that of its image.
 Answer on stdout: length and JSON header, then length and the clean image (empty where there is none).
 One frame before the first request says that it is ready.
 """
@@ -10,6 +11,7 @@ One frame before the first request says that it is ready.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import io
 import json
@@ -19,6 +21,7 @@ import resource
 import signal
 import struct
 import sys
+from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 #: The longest side that is kept; larger images are scaled down.
@@ -27,8 +30,11 @@ MAX_SIDE = 1024
 SMALL_PIXELS = 128 * 128
 JPEG_QUALITY = 95
 
+_REQUEST = struct.Struct(">III")
 _PR_SET_PDEATHSIG = 1
 _ORIENTATION = 0x0112  # EXIF tag
+_BIT_DEPTH, _COLOUR_TYPE = 24, 25  # where a PNG's header says these
+_GREY = 0  # colour type
 
 
 class Rejected(Exception):
@@ -67,29 +73,13 @@ def clean(content: bytes, max_pixels: int) -> tuple[dict[str, Any], bytes]:
     """Decode, turn upright, drop metadata, scale down, encode anew: (facts, file). Raises `Rejected`."""
     from PIL import Image  # noqa: PLC0415 - after confine()
 
-    try:
-        with Image.open(io.BytesIO(content), formats=("JPEG", "PNG", "WEBP")) as image:
-            width, height = image.size
-            if width * height > max_pixels:
-                raise Rejected(
-                    "image_too_large",
-                    f"it has {width} x {height} pixels; at most {max_pixels:,} are accepted. Scale it down.",
-                )
-            if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
-                raise Rejected("image_animated", "it is an animation. Export one frame of it.")
-            lossless = image.format == "PNG" or b"VP8L" in content[:64]
-            turn = _turn(image)
-            image.draft("RGB", (2 * MAX_SIDE, 2 * MAX_SIDE))
-            image.load()
-            upright = _rgb(image)
-    except Rejected:
-        raise
-    except MemoryError:
-        raise Rejected("image_too_large", "it needs too much memory to decode. Scale it down.") from None
-    except Exception as error:  # whatever a hostile file makes of the decoder
-        raise Rejected(
-            "image_corrupt", f"it cannot be decoded ({_brief(error)}). Export it again from the original."
-        ) from None
+    with _opened(content, ("JPEG", "PNG", "WEBP"), max_pixels) as image:
+        width, height = image.size
+        lossless = image.format == "PNG" or b"VP8L" in content[:64]
+        turn = _turn(image)
+        image.draft("RGB", (2 * MAX_SIDE, 2 * MAX_SIDE))
+        image.load()
+        upright = _rgb(image)
     upright.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
     if turn is not None:
         upright = upright.transpose(turn)
@@ -109,6 +99,66 @@ def clean(content: bytes, max_pixels: int) -> tuple[dict[str, Any], bytes]:
         "rotated": turn is not None,
     }
     return facts, encoded.getvalue()
+
+
+def clean_mask(content: bytes, max_pixels: int, size: tuple[int, int]) -> tuple[dict[str, Any], bytes]:
+    """A mask as an 8-bit grey PNG of this size (width, height), and the values that it has. Raises `Rejected`.
+
+    Values are those of the file: a palette's colours mean nothing, and 1 of a 1-bit PNG is 1, not white.
+    """
+    from PIL import Image  # noqa: PLC0415
+
+    with _opened(content, ("PNG",), max_pixels) as image:
+        width, height = image.size
+        if image.mode not in ("1", "L", "P"):
+            what = "16 bits" if image.mode.startswith("I") else f"colours ({image.mode})"
+            raise Rejected(
+                "mask_format",
+                f"its pixels have {what}, and a mask has one channel of 8 bits. Save it as a grey or palette PNG whose "
+                "values are the numbers of the classes: 0, 1, ... and 255 where the class is not known.",
+            )
+        image.load()
+        if image.mode == "P":
+            mask = Image.frombytes("L", image.size, image.tobytes())
+        else:
+            mask = image.convert("L")
+            if content[_COLOUR_TYPE] == _GREY:  # fewer bits are decoded as greys from 0 to 255
+                step = 255 // (2 ** content[_BIT_DEPTH] - 1)
+                mask = mask.point(lambda value: value // step)
+    if mask.size != size:
+        mask = mask.resize(size, Image.Resampling.NEAREST)
+    mask.info = {}
+    encoded = io.BytesIO()
+    mask.save(encoded, "PNG", compress_level=4)
+    values = [value for value, pixels in enumerate(mask.histogram()) if pixels]
+    facts = {"original_width": width, "original_height": height, "values": values}
+    return facts, encoded.getvalue()
+
+
+@contextlib.contextmanager
+def _opened(content: bytes, formats: tuple[str, ...], max_pixels: int) -> Iterator[Any]:
+    """A file that is one image of a bearable size. Raises `Rejected` for whatever goes wrong with it."""
+    from PIL import Image  # noqa: PLC0415
+
+    try:
+        with Image.open(io.BytesIO(content), formats=formats) as image:
+            width, height = image.size
+            if width * height > max_pixels:
+                raise Rejected(
+                    "image_too_large",
+                    f"it has {width} x {height} pixels; at most {max_pixels:,} are accepted. Scale it down.",
+                )
+            if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
+                raise Rejected("image_animated", "it is an animation. Export one frame of it.")
+            yield image
+    except Rejected:
+        raise
+    except MemoryError:
+        raise Rejected("image_too_large", "it needs too much memory to decode. Scale it down.") from None
+    except Exception as error:  # whatever a hostile file makes of the decoder
+        raise Rejected(
+            "image_corrupt", f"it cannot be decoded ({_brief(error)}). Export it again from the original."
+        ) from None
 
 
 def _turn(image: Any) -> Any:
@@ -150,11 +200,14 @@ def _brief(error: Exception) -> str:
 
 def serve(requests: BinaryIO, answers: BinaryIO, max_pixels: int, cpu_seconds: float) -> None:
     _answer(answers, b"ready")
-    while size := requests.read(4):
-        content = requests.read(struct.unpack(">I", size)[0])
+    while request := requests.read(_REQUEST.size):
+        length, *size = _REQUEST.unpack(request)
+        content = requests.read(length)
         allow_cpu(cpu_seconds)
         try:
-            facts, encoded = clean(content, max_pixels)
+            facts, encoded = (
+                clean_mask(content, max_pixels, tuple(size)) if any(size) else clean(content, max_pixels)
+            )
         except Rejected as rejected:
             facts, encoded = {"code": rejected.code, "detail": rejected.detail}, b""
         _answer(answers, json.dumps(facts).encode(), encoded)

@@ -11,10 +11,11 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Self
+from typing import IO, Any, Self, TypeVar
 
 import structlog
 
@@ -80,6 +81,15 @@ class CleanImage:
     rotated: bool
 
 
+@dataclass(frozen=True)
+class CleanMask:
+    """A mask encoded anew: a PNG of its image's kept size, 8-bit grey, with these values. `original`: width, height."""
+
+    content: bytes
+    values: frozenset[int]
+    original: tuple[int, int]
+
+
 class ImageRejected(Exception):
     """This one image cannot be used; `detail` continues the sentence 'FILE: …'."""
 
@@ -91,6 +101,11 @@ class ImageRejected(Exception):
 
 class _Killed(ImageRejected):
     """The child was killed, and not for taking too long."""
+
+
+T = TypeVar("T")
+#: From the child's facts and file to what they mean. Raises `ValueError`, `KeyError` or `TypeError` where they lie.
+Check = Callable[[dict[str, Any], bytes], T]
 
 
 class Decoder:
@@ -125,17 +140,23 @@ class Decoder:
         self._stop()
 
     def clean(self, content: bytes) -> CleanImage:
-        """Raises `ImageRejected`.
+        """Raises `ImageRejected`."""
+        return self._asked(content, (0, 0), _checked)
 
-        A child that was killed from outside is no fault of the image, which gets a second one: the child dies with
+    def clean_mask(self, content: bytes, width: int, height: int) -> CleanMask:
+        """A PNG as a mask of an image that is kept at this size. Raises `ImageRejected`."""
+        return self._asked(content, (width, height), _checked_mask)
+
+    def _asked(self, content: bytes, size: tuple[int, int], checked: Check[T]) -> T:
+        """A child that was killed from outside is no fault of the image, which gets a second one: the child dies with
         the thread that started it, and that may end while the child is at work.
         """
         try:
-            return self._clean(content)
+            return self._ask(content, size, checked)
         except _Killed:
-            return self._clean(content)
+            return self._ask(content, size, checked)
 
-    def _clean(self, content: bytes) -> CleanImage:
+    def _ask(self, content: bytes, size: tuple[int, int], checked: Check[T]) -> T:
         ended = self._child is not None and self._child.poll() is not None  # with the thread that started it
         if self._child is None or ended or self._fed >= IMAGES_PER_CHILD:
             self._start()
@@ -143,13 +164,13 @@ class Decoder:
         self._fed += 1
         self._set_deadline(self._timeout_s)
         try:
-            requests.write(struct.pack(">I", len(content)) + content)
+            requests.write(struct.pack(">III", len(content), *size) + content)
             requests.flush()
             facts = json.loads(_frame(answers, MAX_HEADER_BYTES))
             encoded = _frame(answers, MAX_CLEAN_BYTES)
             if "code" in facts:
                 raise ImageRejected(str(facts["code"]), str(facts["detail"]))
-            return _checked(facts, encoded)
+            return checked(facts, encoded)
         except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
             raise self._lost(error) from None
         finally:
@@ -241,7 +262,7 @@ def _exactly(stream: IO[bytes], size: int) -> bytes:
     return content
 
 
-def _checked(facts: dict[str, object], encoded: bytes) -> CleanImage:
+def _checked(facts: dict[str, Any], encoded: bytes) -> CleanImage:
     suffix = {"PNG": ".png", "JPEG": ".jpg"}[kind(encoded)]
     width, height, original_width, original_height = (
         int(str(facts[name])) for name in ("width", "height", "original_width", "original_height")
@@ -249,3 +270,11 @@ def _checked(facts: dict[str, object], encoded: bytes) -> CleanImage:
     if min(width, height, original_width, original_height) < 1:
         raise ValueError("the decoder answered with an empty image")
     return CleanImage(encoded, suffix, width, height, original_width, original_height, bool(facts["rotated"]))
+
+
+def _checked_mask(facts: dict[str, Any], encoded: bytes) -> CleanMask:
+    values = frozenset(int(value) for value in facts["values"])
+    width, height = int(facts["original_width"]), int(facts["original_height"])
+    if kind(encoded) != "PNG" or min(width, height) < 1 or not values <= set(range(256)):
+        raise ValueError("the decoder answered with no mask")
+    return CleanMask(encoded, values, (width, height))

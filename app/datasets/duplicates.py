@@ -25,7 +25,7 @@ def drop(findings: Findings, images: Sequence[Examined]) -> list[Examined]:
     for first, *others in groups.values():
         kept.append(first)
         for other in others:
-            if other.file.label not in (None, first.file.label):
+            if other.file.label not in (None, first.file.label) or _other_mask(first, other):
                 findings.faults.append(_contradiction(first, other))
             else:
                 findings.counts[other.file.label, "duplicates"] += 1
@@ -33,7 +33,17 @@ def drop(findings: Findings, images: Sequence[Examined]) -> list[Examined]:
     return kept
 
 
+def _other_mask(first: Examined, other: Examined) -> bool:
+    return first.mask is not None and other.mask is not None and first.mask.digest != other.mask.digest
+
+
 def _contradiction(first: Examined, other: Examined) -> Finding:
+    if other.mask is not None:
+        detail = (
+            f"{first.file.member.name} and {other.file.member.name} are the same image with two masks that differ. "
+            "Remove one of them with its mask."
+        )
+        return Finding("duplicate_with_other_mask", pointer(other.file.member.name), detail)
     return Finding(
         "duplicate_across_classes",
         pointer(other.file.member.name),

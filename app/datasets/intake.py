@@ -12,15 +12,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from app.datasets import archive_reader, duplicates, layout, report
-from app.datasets.decoding import ACCEPTED, Decoder, ImageRejected, kind
+from app.datasets import archive_reader, duplicates, layout, mask_checks, report
+from app.datasets.decoding import ACCEPTED, CleanImage, Decoder, ImageRejected, kind
 from app.datasets.layout import Placed, Split
 from app.datasets.members import Member, Part, Upload, pointer
 from app.datasets.receive import too_many_files
-from app.datasets.report import Examined, Findings
+from app.datasets.report import Examined, ExaminedMask, Findings
 from app.errors import Finding, Invalid
 from app.settings import Settings
 from models.data import archive
+from models.pipeline import Task
 
 #: Decoders that work on one upload at a time.
 DECODERS = min(2, os.cpu_count() or 1)
@@ -29,13 +30,14 @@ _SPLITS: tuple[Split, ...] = ("support", "test", "unlabelled")
 
 @dataclass(frozen=True)
 class StoredImage:
-    """An image of a split's archive: its member, its label's class, its name, its size in pixels."""
+    """An image of a split's archive: its member, its label's class, its name, its size in pixels, its mask's member."""
 
     file: str
     label: str | None
     name: str
     width: int
     height: int
+    mask: str | None = None
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class VerifiedSplit:
 class Verified:
     """A checked data set, as files in the upload's folder."""
 
+    task: Task
     classes: tuple[str, ...]
     splits: dict[Split, VerifiedSplit]
     smallest_class: int
@@ -64,8 +67,12 @@ def verify(upload: Upload, settings: Settings) -> Verified:
         findings.faults += placed.faults
         clean = upload.folder / "clean"
         examined = _examine(placed.files, clean, findings, settings)
+        if placed.task == "segmentation":
+            placed = replace(placed, classes=mask_checks.names_of(findings, placed.class_names, examined))
     kept = duplicates.drop(findings, [item for item in examined if item.image is not None])
-    if placed.labelled:
+    if placed.task == "segmentation":
+        mask_checks.check(findings, placed.classes, kept, settings)
+    elif placed.labelled:
         report.check_counts(findings, placed.classes, kept, settings)
     else:
         report.check_unlabelled(findings, placed.classes, kept)
@@ -73,6 +80,7 @@ def verify(upload: Upload, settings: Settings) -> Verified:
     splits = {split: _write(upload.folder, split, _named(split, placed), kept, clean) for split in _SPLITS}
     document = report.document(findings, placed.classes, len(splits["unlabelled"].images), placed.skipped)
     return Verified(
+        placed.task,
         placed.classes,
         {split: verified for split, verified in splits.items() if verified.images},
         min((entry["shots"] for entry in document["classes"]), default=0),
@@ -152,6 +160,7 @@ def _examine(files: Sequence[Placed], clean: Path, findings: Findings, settings:
             report.note_extension(findings, item.file, item.found)
     nested = [item.fault for item in examined if item.fault is not None and item.fault.code == "zip_nested"]
     findings.faults += nested
+    findings.faults += [item.mask_fault for item in examined if item.mask_fault is not None]
     findings.warnings = [warning for warning in findings.warnings if warning not in nested]
     return examined
 
@@ -168,31 +177,55 @@ class _Examiner:
 
     def examine(self, file: Placed) -> Examined:
         try:
-            content, found = self._content(file)
+            content, found = self._content(file.member)
             image = self._decoder().clean(content)
         except ImageRejected as rejected:
             detail = f"{file.member.name}: {rejected.detail}"
             return Examined(
                 file, None, "", "", 0, 0, Finding(rejected.code, pointer(file.member.name), detail)
             )
-        encoded = image.content
+        digest, offset = self._keep(image.content)
+        examined = Examined(
+            file, replace(image, content=b""), found, digest, offset, len(image.content), None
+        )
+        if file.mask is None:
+            return examined
+        try:
+            return replace(examined, mask=self._mask(file.mask, image))
+        except ImageRejected as rejected:
+            detail = f"{file.mask.name}: {rejected.detail}"
+            return replace(examined, mask_fault=Finding(rejected.code, pointer(file.mask.name), detail))
+
+    def _keep(self, encoded: bytes) -> tuple[str, int]:
+        """Write a clean file; its digest, and where it lies."""
         with self._lock:
             offset = self._output.tell()
             self._output.write(encoded)
-        digest = hashlib.sha256(encoded).hexdigest()
-        return Examined(file, replace(image, content=b""), found, digest, offset, len(encoded), None)
+        return hashlib.sha256(encoded).hexdigest(), offset
 
-    def _content(self, file: Placed) -> tuple[bytes, str]:
-        if file.member.size > self._settings.max_image_bytes:
+    def _mask(self, member: Member, image: CleanImage) -> ExaminedMask:
+        content, found = self._content(member)
+        if found != "PNG":
+            raise ImageRejected(
+                "mask_format", f"it is a {found} file. Save masks as PNG: other formats change values."
+            )
+        mask = self._decoder().clean_mask(content, image.width, image.height)
+        whole = (image.original_width, image.original_height)
+        if mask.original != whole:
+            raise ImageRejected("mask_size", _other_size(mask.original, whole, image.rotated))
+        return ExaminedMask(mask.values, *self._keep(mask.content), len(mask.content))
+
+    def _content(self, member: Member) -> tuple[bytes, str]:
+        if member.size > self._settings.max_image_bytes:
             raise ImageRejected(
                 "image_too_large",
-                f"it has {file.member.size / 2**20:,.1f} MiB; at most "
+                f"it has {member.size / 2**20:,.1f} MiB; at most "
                 f"{self._settings.max_image_bytes / 2**20:,.1f} MiB are accepted. Scale it down.",
             )
-        if not file.member.size:
+        if not member.size:
             raise ImageRejected("image_empty", "it is empty (0 bytes). Export it again from the original.")
         try:
-            content = file.member.read()
+            content = member.read()
         except ValueError as error:
             raise ImageRejected(
                 "image_corrupt", f"the zip holds it damaged: {error}. Zip it again."
@@ -220,6 +253,13 @@ class _Examiner:
         return made
 
 
+def _other_size(size: tuple[int, int], image: tuple[int, int], rotated: bool) -> str:
+    detail = f"it has {size[0]} x {size[1]} pixels, and its image {image[0]} x {image[1]}. "
+    if rotated and size == image[::-1]:
+        return detail + "The image is turned as its EXIF orientation asks; turn the mask alike."
+    return detail + "Make the mask of the image as it is, without scaling or cropping."
+
+
 def _write(
     folder: Path, split: Split, classes: Sequence[str], kept: Sequence[Examined], clean: Path
 ) -> VerifiedSplit:
@@ -235,6 +275,7 @@ def _write(
             item.file.name,
             item.image.width,
             item.image.height,
+            None if item.mask is None else f"{number:05d}.mask.png",
         )
         for number, item in enumerate(items)
         if item.image is not None
@@ -244,11 +285,16 @@ def _write(
         numbers = {name: number for number, name in enumerate(classes)}
         images = tuple(
             archive.ArchivedImage(
-                image.file, None if image.label is None else numbers[image.label], image.name
+                image.file, None if image.label is None else numbers[image.label], image.name, image.mask
             )
             for image in stored
         )
         with clean.open("rb") as source:
-            contents = (os.pread(source.fileno(), item.size, item.offset) for item in items)
+            contents = (
+                os.pread(source.fileno(), part.size, part.offset)
+                for item in items
+                for part in (item, item.mask)
+                if part is not None
+            )
             archive.write(path, archive.ArchiveIndex(tuple(classes), images), contents)
     return VerifiedSplit(path, stored)

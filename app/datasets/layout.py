@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from app.datasets import paths
+from app.datasets import pairing, paths
 from app.datasets.members import Member, class_pointer, pointer
 from app.errors import Finding
+from models.data.class_names import FILE_NAME as CLASS_NAMES
+from models.pipeline import Task
 
 Split = Literal["support", "test", "unlabelled"]
 
@@ -27,23 +29,29 @@ _ARCHIVE_SUFFIXES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar"
 
 @dataclass(frozen=True)
 class Placed:
-    """A file with its place. `label`: class name, None if unlabelled; `name`: path inside the split."""
+    """A file with its place. `label`: class name, None if it has none; `name`: path inside the split.
+
+    `mask`: the file with the classes of its pixels.
+    """
 
     member: Member
     split: Split
     label: str | None
     name: str
+    mask: Member | None = None
 
 
 @dataclass(frozen=True)
 class Layout:
     files: tuple[Placed, ...]
     classes: tuple[str, ...]  # of the support split, sorted; of the test split, where no image has its label
-    labelled: bool  # there are images to learn from with their labels
+    labelled: bool  # there are images to learn from with their labels, or masks
     skipped: tuple[str, ...]
     errors: tuple[Finding, ...]  # the upload must not be opened
     faults: tuple[Finding, ...]  # the upload will be refused, with what else is found
     warnings: tuple[Finding, ...]
+    task: Task = "classification"
+    class_names: Member | None = None  # classes.txt, of images with masks
 
 
 def arrange(members: Sequence[Member]) -> Layout:
@@ -57,18 +65,17 @@ def arrange(members: Sequence[Member]) -> Layout:
     if errors:
         return Layout((), (), True, skipped, tuple(errors), (), ())
     wrapped = _wrapper_depth([member.name for member in kept])
+    split_up = [_split_of(member.name.split("/")[wrapped:]) for member in kept]
+    if _masked(split_up):
+        return _with_masks(list(zip(split_up, kept, strict=True)), skipped)
     placed: list[Placed] = []
     faults: list[Finding] = []
     warnings: list[Finding] = []
     folders: dict[str, set[tuple[str, str]]] = defaultdict(set)  # class key -> (split, folder as sent)
     tops = {member.name.split("/")[wrapped].casefold() for member in kept if member.name.count("/") > wrapped}
-    for member in kept:
-        steps = member.name.split("/")[wrapped:]
-        split: Split = "support"
-        reserved = FOLDERS.get(steps[0].casefold()) if len(steps) > 1 else None
-        if reserved:
-            split, steps = reserved, steps[1:]
-        elif "train" in tops and len(steps) > 1:
+    for member, (reserved, steps) in zip(kept, split_up, strict=True):
+        split = reserved or "support"
+        if reserved is None and "train" in tops and len(steps) > 1:
             faults.append(_beside_train(member, steps[0]))
             continue
         if split == "unlabelled":
@@ -87,6 +94,44 @@ def arrange(members: Sequence[Member]) -> Layout:
     classes = sorted({file.label for file in placed if file.split == named_by and file.label is not None})
     faults += _unknown_to_support(placed, set(classes))
     return Layout(tuple(placed), tuple(classes), labelled, skipped, (), tuple(faults), tuple(warnings))
+
+
+def _split_of(steps: Sequence[str]) -> tuple[Split | None, Sequence[str]]:
+    """The reserved folder that a path, given in steps, starts with, as a split; the steps below it."""
+    reserved = FOLDERS.get(steps[0].casefold()) if len(steps) > 1 else None
+    return reserved, steps[1:] if reserved else steps
+
+
+def _masked(paths_in_splits: Sequence[tuple[Split | None, Sequence[str]]]) -> bool:
+    """Whether these are images with masks: what there is to learn from decides, else the test images."""
+    folders: dict[Split, set[str]] = defaultdict(set)
+    for split, steps in paths_in_splits:
+        if len(steps) > 1:
+            folders[split or "support"].add(steps[0])
+    return pairing.is_masked(folders["support"] or folders["test"])
+
+
+def _with_masks(
+    members: Sequence[tuple[tuple[Split | None, Sequence[str]], Member]], skipped: tuple[str, ...]
+) -> Layout:
+    """The layout of images/ and masks/, with test/, unlabelled/ and classes.txt as far as there are any."""
+    names: Member | None = None
+    files: dict[Split, list[tuple[Sequence[str], Member]]] = {"support": []}
+    for (split, steps), member in members:
+        if split in (None, "support") and list(steps) == [CLASS_NAMES] and names is None:
+            names = member
+        else:
+            files.setdefault(split or "support", []).append((steps, member))
+    unlabelled = files.pop("unlabelled", [])
+    placed = [Placed(member, "unlabelled", None, _normal("/".join(steps))) for steps, member in unlabelled]
+    faults: list[Finding] = []
+    warnings: list[Finding] = []
+    for place, of_split in files.items():
+        pairs = pairing.pair(of_split, "" if place == "support" else f"{place}/")
+        faults += pairs.faults
+        warnings += pairs.warnings
+        placed += [Placed(found.image, place, None, _normal(found.name), found.mask) for found in pairs.found]
+    return Layout(tuple(placed), (), True, skipped, (), tuple(faults), tuple(warnings), "segmentation", names)
 
 
 def _normal(name: str) -> str:

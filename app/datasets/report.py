@@ -21,8 +21,18 @@ _DAMAGED = {"image_corrupt", "image_empty"}
 
 
 @dataclass(frozen=True)
+class ExaminedMask:
+    """A mask after decoding, with the values that it has; `digest`, `offset` and `size` as of its image."""
+
+    values: frozenset[int]
+    digest: str
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True)
 class Examined:
-    """A file after decoding: the clean image, or why there is none."""
+    """A file after decoding: the clean image, or why there is none; its mask, or why the data set is refused."""
 
     file: Placed
     image: CleanImage | None  # without its bytes
@@ -31,6 +41,8 @@ class Examined:
     offset: int  # in the file of clean images
     size: int
     fault: Finding | None
+    mask: ExaminedMask | None = None
+    mask_fault: Finding | None = None
 
 
 @dataclass

@@ -21,6 +21,7 @@ from app.problem import documented
 from app.security.dependencies import Wired, allowed
 from app.security.principal import Principal
 from app.wiring import Wiring
+from models.data.archive import IGNORED
 
 router = APIRouter(prefix="/v1/datasets", tags=["datasets"])
 
@@ -45,7 +46,10 @@ _BODY = {
                         "format": "binary",
                         "description": "One zip of class folders: CLASS/IMAGE, with optional test/CLASS/IMAGE and "
                         "unlabelled/IMAGE. A train/ folder around the classes, or one folder around all, is fine. "
-                        f"unlabelled/ alone, with at least {MIN_UNLABELLED} images, fits methods that need no labels.",
+                        f"unlabelled/ alone, with at least {MIN_UNLABELLED} images, fits methods that need no labels. "
+                        "For segmentation: images/NAME.jpg with masks/NAME.png, optionally test/images/ with "
+                        "test/masks/, unlabelled/, and classes.txt with a class a line. A mask is a grey or palette "
+                        f"PNG of its image's size; values are 0 for the first class, and so on; {IGNORED}: not known.",
                     },
                     "files": {
                         "type": "array",
@@ -80,7 +84,8 @@ async def create(
     """Check and store a data set: JPEG, PNG or WebP images in class folders. The same content twice is one data set.
 
     Images are turned upright, freed of metadata and scaled down to 1024 pixels. One bad image is reported and left
-    out; a class left with too few images refuses the upload, with everything that was found in `errors`.
+    out; a class left with too few images refuses the upload, with everything that was found in `errors`. So does a mask
+    that is missing, of another size than its image, or with a value that is no class.
     """
     length = request.headers.get("content-length", "")
     workspace.check_room(wiring.settings, _COPIES * int(length) if length.isdecimal() else 0)
@@ -138,12 +143,18 @@ def images(
 def image(dataset_id: str, image_id: str, wiring: Wired, principal: Reader) -> Response:
     """The image as it is stored: upright, without metadata."""
     file = service.image_file(wiring, principal, dataset_id, image_id)
-    headers = {
-        "Content-Security-Policy": "default-src 'none'; sandbox",
-        "Cache-Control": "private, max-age=86400, immutable",
-        "ETag": f'"{image_id}"',
-    }
-    return Response(file.content, media_type=file.content_type, headers=headers)
+    return _picture(file, image_id)
+
+
+@router.get(
+    "/{dataset_id}/images/{image_id}/mask",
+    response_class=Response,
+    responses={200: {"content": {"image/png": {}}}, **documented(404)},
+)
+def mask(dataset_id: str, image_id: str, wiring: Wired, principal: Reader) -> Response:
+    """The classes of the image's pixels as they are stored: an 8-bit grey PNG of the image's size."""
+    file = service.image_file(wiring, principal, dataset_id, image_id, mask=True)
+    return _picture(file, f"{image_id}-mask")
 
 
 @router.delete("/{dataset_id}", status_code=204, responses=documented(404))
@@ -169,6 +180,15 @@ async def _receive(request: Request, wiring: Wiring, folder: Workspace) -> Uploa
         ) from None
 
 
+def _picture(file: service.ImageFile, tag: str) -> Response:
+    headers = {
+        "Content-Security-Policy": "default-src 'none'; sandbox",
+        "Cache-Control": "private, max-age=86400, immutable",
+        "ETag": f'"{tag}"',
+    }
+    return Response(file.content, media_type=file.content_type, headers=headers)
+
+
 def _name(upload: Upload, in_query: str | None) -> str:
     unknown = sorted(set(upload.fields) - {"name"})
     if unknown:
@@ -192,4 +212,5 @@ def _answer(dataset: Dataset) -> schemas.DatasetAnswer:
 
 def _image(row: DatasetImage) -> schemas.ImageAnswer:
     url = f"/v1/datasets/{row.dataset_id}/images/{row.id}"
-    return schemas.ImageAnswer.model_validate({**vars(row), "object": "image", "url": url})
+    more = {"object": "image", "url": url, "mask_url": f"{url}/mask" if row.mask else None}
+    return schemas.ImageAnswer.model_validate({**vars(row), **more})

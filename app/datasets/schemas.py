@@ -27,12 +27,16 @@ class Counts(Answer):
 
 class ClassReport(Counts):
     name: str
-    shots: int = Field(description="Labelled images to learn from.")
+    shots: int = Field(
+        description="Labelled images to learn from; of images with masks those that show the class."
+    )
     test_images: int
 
 
 class UnlabelledReport(Counts):
-    images: int
+    """Of images that are of no one class: unlabelled ones, and those with masks."""
+
+    images: int = Field(description="Unlabelled images.")
 
 
 class Report(Answer):
@@ -55,12 +59,15 @@ class DatasetSummary(Answer):
     id: str
     name: str
     digest: str = Field(description="sha-256 over classes and splits: equal content, equal digest.")
+    task: Literal["classification", "segmentation"] = Field(
+        description="Segmentation where its images have masks, which methods of that task need and others refuse."
+    )
     classes: list[str] = Field(
         description="Of the labelled images; of the test images, where no other has a label."
     )
     splits: dict[SplitName, SplitAnswer]
     smallest_class: int = Field(
-        description="Labelled images of the class that has fewest; 0 where there are none."
+        description="Labelled images of the class that has, or in masks is shown by, fewest; 0 where there are none."
     )
     created_at: Time
 
@@ -78,3 +85,4 @@ class ImageAnswer(Answer):
     width: int
     height: int
     url: str
+    mask_url: str | None = Field(description="Its mask: an 8-bit grey PNG of the image's size.")

@@ -89,8 +89,10 @@ def images(
     return rows[:limit], len(rows) > limit
 
 
-def image_file(wiring: Wiring, principal: Principal, dataset_id: str, image_id: str) -> ImageFile:
-    """Raises `NotFound`."""
+def image_file(
+    wiring: Wiring, principal: Principal, dataset_id: str, image_id: str, *, mask: bool = False
+) -> ImageFile:
+    """The image as it is kept, or its mask. Raises `NotFound`."""
     with wiring.database.reading() as session:
         dataset = get(session, principal, dataset_id)
         image = session.get(DatasetImage, image_id)
@@ -99,8 +101,11 @@ def image_file(wiring: Wiring, principal: Principal, dataset_id: str, image_id: 
             f"Data set '{dataset_id}' has no image '{image_id[:64]}'. GET /v1/datasets/{dataset_id}/images lists them.",
             code="image_not_found",
         )
+    file = image.mask if mask else image.file
+    if file is None:
+        raise NotFound(f"Image '{image_id}' of data set '{dataset_id}' has no mask.", code="mask_not_found")
     with wiring.blobs.open(dataset.splits[image.split]["digest"]) as blob, zipfile.ZipFile(blob) as archive:
-        return ImageFile(archive.read(image.file), _CONTENT_TYPES[image.file.rpartition(".")[2]])
+        return ImageFile(archive.read(file), _CONTENT_TYPES[file.rpartition(".")[2]])
 
 
 def delete(wiring: Wiring, principal: Principal, dataset_id: str) -> None:
@@ -141,6 +146,7 @@ def _record(
             tenant=principal.tenant,
             name=name,
             digest=digest,
+            task=verified.task,
             classes=list(verified.classes),
             splits={
                 split: {

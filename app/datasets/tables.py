@@ -23,6 +23,7 @@ class Dataset(Base):
     tenant: Mapped[str] = mapped_column(index=True)
     name: Mapped[str]
     digest: Mapped[str]
+    task: Mapped[str] = mapped_column(default="classification", server_default="classification")
     classes: Mapped[list[Any]]
     splits: Mapped[dict[str, Any]]  # split -> {"digest": blob, "images": count, "bytes": size}
     smallest_class: Mapped[int]
@@ -44,3 +45,4 @@ class DatasetImage(Base):
     name: Mapped[str]
     width: Mapped[int]
     height: Mapped[int]
+    mask: Mapped[str | None]  # the member with the classes of its pixels

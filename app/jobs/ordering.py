@@ -65,7 +65,10 @@ def choose(wiring: Wiring, principal: Principal, order: JobOrder) -> Choice:
     except Invalid as error:
         findings.append(Finding(error.code, "/teacher_id", error.detail))
     params: Params | None = None
-    if method is not None:
+    if method is not None and order.precision == "int8" and "export" not in method.params.model_fields:
+        detail = f"Method '{method.name}' makes no int8 file; order precision 'fp32'."
+        findings.append(Finding("method_lacks_precision", "/precision", detail))
+    elif method is not None:
         try:
             params = method.resolve(order.preset, _overrides(order))
         except ValidationError as error:
@@ -95,6 +98,7 @@ def plan_work(session: Session, principal: Principal, order: JobOrder, choice: C
     """Plan the order for its data set. Raises NotFound for the data set, Invalid where it cannot be done with it."""
     dataset = datasets.get(session, principal, order.dataset_id)
     shape = plan.shape_of(len(dataset.classes), dataset.smallest_class, dataset.splits)
+    _check_task(order.dataset_id, choice.method, dataset.task)
     _check_images(order.dataset_id, choice, shape, set(dataset.splits))
     _check_classes(order.dataset_id, choice, dataset.classes, shape)
     digests = {name: digest(document) for name, document in choice.documents.items()}
@@ -168,13 +172,34 @@ def _check_generator(wiring: Wiring, spec: GeneratorSpec) -> None:
         raise Invalid(detail, code=finding.code, findings=(finding,))
 
 
+def _check_task(dataset_id: str, method: Method, task: str) -> None:
+    """Masks are for methods that learn from masks, and those need them."""
+    masked = task == "segmentation"
+    if method.learns_masks == masked:
+        return
+    fitting = ", ".join(f"'{known.name}'" for known in METHODS.values() if known.learns_masks == masked)
+    if masked:
+        detail = (
+            f"The images of data set {dataset_id} have masks, and method '{method.name}' makes no use of masks. "
+            f"Choose one that does: {fitting}."
+        )
+    else:
+        detail = (
+            f"Method '{method.name}' learns from masks, and the images of data set {dataset_id} have none. "
+            f"Upload images/ with masks/, or choose another method: {fitting}."
+        )
+    finding = Finding("method_for_another_task", "/method", detail)
+    raise Invalid(detail, code=finding.code, findings=(finding,))
+
+
 def _check_images(dataset_id: str, choice: Choice, shape: JobShape, splits: set[str]) -> None:
     missing = choice.method.missing_sources(shape, {*splits, *_NAMED}, choice.params)
     if missing:
         others = [
             f"'{method.name}'"
             for method in METHODS.values()
-            if not method.missing_sources(shape, {*splits, *_NAMED}, method.params())
+            if method.learns_masks == choice.method.learns_masks
+            and not method.missing_sources(shape, {*splits, *_NAMED}, method.params())
         ]
         instead = f" Choose method {' or '.join(others)}, or add them." if others else " Add them."
         raise Invalid(

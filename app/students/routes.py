@@ -63,7 +63,10 @@ def show(student_id: str, wiring: Wired, principal: Reader) -> schemas.StudentAn
 def model(
     student_id: str, request: Request, wiring: Wired, principal: Reader, precision: PrecisionQuery = "fp32"
 ) -> Response:
-    """The network as one ONNX file: uint8 RGB images [batch, height, width, 3] in, probabilities out."""
+    """The network as one ONNX file: uint8 RGB images [batch, height, width, 3] in, probabilities out.
+
+    Of a segmentation: `classes`, uint8 [batch, height, width], and `logits` out.
+    """
     digest = service.graph(_student(wiring, principal, student_id), precision)
     name = f"{student_id}.{service.FILE_OF_PRECISION[precision]}"
     return downloads.serve(request, wiring.blobs, digest, name=name, media_type="application/octet-stream")
@@ -92,7 +95,7 @@ def report(student_id: str, request: Request, wiring: Wired, principal: Reader) 
 
 @router.post(
     "/{student_id}/predict",
-    responses=documented(400, 404, 413, 415),
+    responses=documented(400, 404, 409, 413, 415),
     openapi_extra={
         "requestBody": {
             "required": True,
@@ -117,8 +120,12 @@ async def predict(
     precision: PrecisionQuery = "fp32",
     top: Annotated[int, Query(ge=1, le=1000, description="How many labels to answer.")] = 5,
 ) -> schemas.PredictionAnswer:
-    """Labels and scores of one JPEG, PNG or WebP image: the body itself, or the form's file `image`."""
+    """Labels and scores of one JPEG, PNG or WebP image: the body itself, or the form's file `image`.
+
+    Not of students that answer with class maps or features, whose bundles have a predict.py for that.
+    """
     student = await run_in_threadpool(_student, wiring, principal, student_id)
+    service.require_scores(student)
     digest = service.graph(student, precision)
     content = await _image(request, wiring.settings.max_image_bytes)
     predictor: Predictor = request.app.state.predictor

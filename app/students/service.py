@@ -6,9 +6,10 @@ from sqlalchemy.orm import Session
 
 from app import paging
 from app.db import owned
-from app.errors import NotFound
+from app.errors import Conflict, NotFound
 from app.security.principal import Principal
 from app.students.tables import Student
+from models.methods import METHODS
 
 FILE_OF_PRECISION = {"fp32": "model.onnx", "int8": "model.int8.onnx"}
 BUNDLE = "bundle.zip"
@@ -49,6 +50,18 @@ def graph(student: Student, precision: str) -> str:
             code="precision_not_available",
         )
     return file(student, name)
+
+
+def require_scores(student: Student) -> None:
+    """Raise `Conflict` for a student that gives no score of a whole image."""
+    method = METHODS.get(student.method)
+    if method is not None and method.task != "classification":
+        answers = "the class of each pixel" if method.task == "segmentation" else "features"
+        raise Conflict(
+            f"Student '{student.id}' answers with {answers}, not with scores of classes of the whole image. Download "
+            "its bundle: predict.py there runs it.",
+            code="student_gives_no_scores",
+        )
 
 
 def file(student: Student, name: str) -> str:

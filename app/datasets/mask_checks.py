@@ -1,0 +1,105 @@
+"""Whether masks and their classes make a data set: what their values mean, and that each class can be learnt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from app.datasets.members import Member, class_pointer, pointer
+from app.datasets.report import Examined, ExaminedMask, Findings
+from app.errors import Finding
+from app.settings import Settings
+from models.data import class_names
+from models.data.archive import IGNORED
+from models.errors import DataError
+
+_MOST_LISTED = 10
+
+
+def names_of(findings: Findings, file: Member | None, images: Iterable[Examined]) -> tuple[str, ...]:
+    """The classes that `classes.txt` names, else those of the values 0 to the highest in the masks."""
+    if file is None:
+        values = sorted({value for item in images if item.mask for value in item.mask.values} - {IGNORED})
+        if values != list(range(len(values))):
+            findings.faults.append(_gaps(values))
+        return class_names.of_values(len(values) - 1)
+    try:
+        return class_names.read(file.read())
+    except DataError as error:
+        detail = f"{error.detail}. {error.hint}"
+        findings.faults.append(Finding("class_names", pointer(file.name), detail))
+    except ValueError as error:
+        detail = f"{file.name}: the zip holds it damaged: {error}. Zip it again."
+        findings.faults.append(Finding("class_names", pointer(file.name), detail))
+    return ()
+
+
+def check(findings: Findings, classes: Sequence[str], kept: Sequence[Examined], settings: Settings) -> None:
+    """Add what refuses the data set; count for each class the images whose masks show it."""
+    if (not classes and findings.faults) or any(item.mask_fault for item in kept):
+        return  # what is wrong has been said, and what would be counted is not there
+    shown: dict[str, list[frozenset[int]]] = {"support": [], "test": [], "unlabelled": []}
+    for item in kept:
+        if item.mask is not None:
+            findings.faults += _unknown_values(item, item.mask, len(classes))
+            shown[item.file.split].append(item.mask.values)
+    for number, name in enumerate(classes):
+        for split, what in (("support", "shots"), ("test", "test_images")):
+            findings.counts[name, what] = sum(number in values for values in shown[split])
+        if not findings.counts[name, "shots"]:
+            findings.faults.append(_not_shown(number, name))
+    shots = len(shown["support"])
+    if shots < settings.min_shots:
+        images = "1 usable image with a mask" if shots == 1 else f"{shots} usable images with masks"
+        needed = f"at least {settings.min_shots} are needed to learn from"
+        detail = f"The upload has {images}; {needed}. Add some to images/ and masks/."
+        findings.faults.append(Finding("too_few_shots", "/files", detail))
+    if len(classes) < 2:
+        findings.faults.append(_too_few_classes(classes, shown["support"]))
+    if len(classes) > settings.max_classes:
+        detail = (
+            f"The masks have {len(classes)} classes; at most {settings.max_classes} are possible. Merge some."
+        )
+        findings.faults.append(Finding("too_many_classes", "/classes", detail))
+
+
+def _unknown_values(item: Examined, mask: ExaminedMask, classes: int) -> list[Finding]:
+    """Of a mask with values that are no class."""
+    unknown = sorted(mask.values - set(range(classes)) - {IGNORED})
+    if not unknown or item.file.mask is None:
+        return []
+    name = item.file.mask.name
+    what = "value" if len(unknown) == 1 else "values"
+    detail = (
+        f"{name}: it has the {what} {_listed(unknown)}, and {class_names.FILE_NAME} names {classes} classes, which are "
+        f"0 to {classes - 1}; {IGNORED} is for pixels whose class is not known. Correct the mask, or name the class."
+    )
+    return [Finding("mask_value", pointer(name), detail)]
+
+
+def _gaps(values: Sequence[int]) -> Finding:
+    detail = (
+        f"The masks have the values {_listed(values)}. Without {class_names.FILE_NAME}, values are the numbers of the "
+        f"classes, 0, 1, 2, ... without gaps, and {IGNORED} where the class is not known. Renumber them, or name the "
+        f"class of each value, one a line, in {class_names.FILE_NAME}."
+    )
+    return Finding("mask_values_gap", "/files", detail)
+
+
+def _not_shown(number: int, name: str) -> Finding:
+    detail = (
+        f"Class '{name}' (value {number}) is in no mask to learn from. Add images that show it to images/ and masks/, "
+        "or leave the class out."
+    )
+    return Finding("class_without_pixels", class_pointer(name), detail)
+
+
+def _too_few_classes(classes: Sequence[str], shown: Sequence[frozenset[int]]) -> Finding:
+    detail = f"The masks show {'only one class' if classes else 'no class'}; at least 2 are needed."
+    if any(IGNORED in values for values in shown):
+        detail += f" {IGNORED} stands for pixels whose class is not known: where it means an object, write 1 instead."
+    return Finding("too_few_classes", "/classes", detail)
+
+
+def _listed(values: Sequence[int]) -> str:
+    more = len(values) - _MOST_LISTED
+    return ", ".join(map(str, values[:_MOST_LISTED])) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,30 @@
+"""Data sets of images with masks: what a data set is for, and where an image's mask lies.
+
+Revision: 0005, after 0004
+"""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = '0005'
+down_revision = '0004'
+branch_labels = None
+depends_on = None
+
+
+def upgrade() -> None:
+    with op.batch_alter_table('datasets', schema=None) as batch_op:
+        batch_op.add_column(sa.Column('task', sa.String(), server_default='classification', nullable=False))
+
+    with op.batch_alter_table('dataset_images', schema=None) as batch_op:
+        batch_op.add_column(sa.Column('mask', sa.String(), nullable=True))
+
+
+def downgrade() -> None:
+    with op.batch_alter_table('dataset_images', schema=None) as batch_op:
+        batch_op.drop_column('mask')
+
+    with op.batch_alter_table('datasets', schema=None) as batch_op:
+        batch_op.drop_column('task')
