@@ -198,7 +198,7 @@ def _check_images(dataset_id: str, choice: Choice, shape: JobShape, splits: set[
         others = [
             f"'{method.name}'"
             for method in METHODS.values()
-            if method.learns_masks == choice.method.learns_masks
+            if method.task == choice.method.task
             and not method.missing_sources(shape, {*splits, *_NAMED}, method.params())
         ]
         instead = f" Choose method {' or '.join(others)}, or add them." if others else " Add them."
