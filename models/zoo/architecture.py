@@ -20,7 +20,10 @@ _HEADS = 4
 
 @dataclass(frozen=True)
 class Budget:
-    """Sizes and lengths of training. `widths` and `attention` go from the 8 x 8 latents down, halving the side."""
+    """Sizes and lengths of training. `widths` and `attention` go from the 8 x 8 latents down, halving the side.
+
+    `vae_...`: of the VAE that makes the latents; `sharp_...`: of the larger one that is published in its place.
+    """
 
     widths: tuple[int, ...]
     attention: tuple[bool, ...]  # whether a level reads the prompt
@@ -30,8 +33,12 @@ class Budget:
     batch_size: int
     vae_steps: int
     vae_batch_size: int
+    sharp_widths: tuple[int, int, int]
+    sharp_steps: int
+    sharp_batch_size: int
     lr: float = 1e-3
     vae_lr: float = 2e-3
+    sharp_lr: float = 1.5e-3
     latent_channels: int = 6
     text_width: int = 128
     text_layers: int = 2

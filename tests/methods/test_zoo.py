@@ -49,7 +49,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Written by the command, long enough to tell the two classes apart."""
     out = tmp_path_factory.mktemp("trained") / "generator"
-    lengths = ["--vae-steps", "150", "--steps", "250"]
+    lengths = ["--vae-steps", "150", "--sharp-steps", "100", "--steps", "250"]
     assert train_generator.main(["--data", str(data), "--out", str(out), "--budget", "toy", *lengths]) == 0
     return out
 
@@ -117,7 +117,7 @@ def test_the_folder_serves_as_a_generator(trained: Path) -> None:
 def test_a_run_that_was_stopped_again_and_again_gives_the_weights_of_one_that_was_not(
     data: Path, tmp_path: Path
 ) -> None:
-    budget = replace(BUDGETS["toy"], vae_steps=3, steps=4)
+    budget = replace(BUDGETS["toy"], vae_steps=3, sharp_steps=2, steps=4)
     train_generator.train([data], tmp_path / "whole", tmp_path / "whole.work", budget, device="cpu")
     pauses = 0
     while not (tmp_path / "parts" / "model_index.json").exists():
@@ -127,7 +127,7 @@ def test_a_run_that_was_stopped_again_and_again_gives_the_weights_of_one_that_wa
             )
         except PausedError:
             pauses += 1
-    assert pauses == (3 - 1) + (4 - 1)  # after every step that is not a part's last
+    assert pauses == (3 - 1) + (2 - 1) + (4 - 1)  # after every step that is not a part's last
     whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     assert whole.keys() == parts.keys()
     for name, value in whole.items():
@@ -144,12 +144,12 @@ def test_the_command_says_that_it_stopped_by_its_exit_status(
 
 
 def test_a_run_of_another_length_takes_the_vae_that_is_ready(data: Path, tmp_path: Path) -> None:
-    budget = replace(BUDGETS["toy"], vae_steps=2, steps=2)
+    budget = replace(BUDGETS["toy"], vae_steps=2, sharp_steps=1, steps=2)
 
     def vaes_after(wanted: Budget, seed: int) -> int:
         train_generator.train([data], tmp_path / "out", tmp_path / "work", wanted, seed=seed, device="cpu")
         return len(list((tmp_path / "work").glob("vae-*")))
 
     assert vaes_after(budget, seed=0) == 1
-    assert vaes_after(replace(budget, steps=3), seed=0) == 1
+    assert vaes_after(replace(budget, steps=3, sharp_steps=2), seed=0) == 1
     assert vaes_after(budget, seed=1) == 2
