@@ -375,7 +375,9 @@ def main() -> None:
     textual = TextualInversionParams()
     if args.steps is not None:
         textual = textual.model_copy(update={"steps": args.steps})
-    recipe = Recipe(textual, NullTextInversionParams(guidance=GUIDANCE), args.shots, args.made)
+    recipe = Recipe(
+        textual, NullTextInversionParams(mode="null_text", guidance=GUIDANCE), args.shots, args.made
+    )
     seeds = list(range(1 if args.quick else args.seeds))
     if args.quick:
         recipe = quick(recipe)

@@ -1,7 +1,7 @@
 """Null-text inversion: noise and null embeddings from which guided sampling gives an image back.
 
-Source: Mokady et al., "Null-text inversion", arXiv:2211.09794, algorithm 1, of many images at once; the fast option is
-negative-prompt inversion, Miyake et al., arXiv:2305.16807.
+Source: Mokady et al., "Null-text inversion", arXiv:2211.09794, algorithm 1, of many images at once. Fast options are
+negative-prompt inversion, Miyake et al., arXiv:2305.16807, and DDIM inversion alone.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _FILE = "ways.safetensors"
 @dataclass(frozen=True)
 class Inversions:
     """Of K images: `noise` float32 [K, C, h, w] (z_T), `unconditional` float32 [K, R, L, D] (null embeddings, noisiest
-    step first; R = steps, or 1 of negative-prompt inversion), `psnr` and `vae_psnr` float32 [K] in dB: the
+    step first; R = steps, or 1 where none are optimised), `psnr` and `vae_psnr` float32 [K] in dB: the
     reconstruction and the VAE's own round trip, both against the image at the model's resolution.
     """
 
@@ -164,13 +164,15 @@ def _invert(
         path = torch.stack(trajectory(diffusion, latents, conditions, params.steps, advance), 1)
         nulls = diffusion.unconditional().repeat(len(latents), 1, 1)[:, None]
         begun = _Way(path, nulls[:, :0], path[:, -1])
-    if params.mode == "negative_prompt":
-        nulls = conditions[:, None]
-        back = diffusion.sample(begun.reached, conditions, nulls, steps=params.steps, guidance=1.0)
+    guidance = params.guidance or GUIDANCE
+    if params.mode != "null_text":
+        empty = diffusion.unconditional().expand_as(conditions)
+        nulls, guided = (conditions, 1.0) if params.mode == "negative_prompt" else (empty, guidance)
+        nulls = nulls[:, None].clone()
+        back = diffusion.sample(begun.reached, conditions, nulls, steps=params.steps, guidance=guided)
         advance(2 * params.steps)
         return _Way(begun.path, nulls, back)
     way = begun
-    guidance = params.guidance or GUIDANCE
     scheduler = diffusion.ddim(params.steps)
     times = scheduler.timesteps.tolist()
     for number in range(way.nulls.shape[1], len(times)):

@@ -75,10 +75,12 @@ class TextualInversionParams(Params):
 class NullTextInversionParams(Params):
     """How each labelled image is inverted."""
 
-    mode: Literal["null_text", "negative_prompt", "none"] = Field(
-        "null_text",
-        description="null_text: embeddings are optimised so that guidance leads back to the image. negative_prompt: "
-        "the prompt's own embedding instead, at once. none: images are made from noise and the token alone.",
+    mode: Literal["ddim", "null_text", "negative_prompt", "none"] = Field(
+        "ddim",
+        description="ddim: the image's noise, guided by the empty prompt, at once; its new images are of the right "
+        "class more often. null_text: the empty prompt's embeddings are optimised so that guidance leads back to the "
+        "image, the paper's. negative_prompt: the class's own prompt instead. none: images are made from new noise "
+        "and the token alone.",
     )
     steps: int = Field(25, ge=2, le=1000, description="DDIM steps, of the inversion and of the generation.")
     guidance: float | None = Field(
@@ -267,7 +269,7 @@ METHOD = Method(
     presets={
         "draft": {
             "textual_inversion": {"steps": 200},
-            "null_text_inversion": {"mode": "negative_prompt", "steps": 15},
+            "null_text_inversion": {"steps": 15},
             "generation": {"images_per_class": 64, "sampler": "dpm_solver++", "steps": 10},
             "distillation": {"steps": 600},
             "evaluation": {"latency_runs": 20},

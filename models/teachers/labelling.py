@@ -1,20 +1,26 @@
-"""LABEL: fit the teacher's few-shot head and write its logits for every view of every image."""
+"""LABEL: fit the teacher's few-shot head and write its logits for every view of every image.
+
+Synthetic images are centred apart, because a generator's images lie elsewhere in feature space than photographs, all
+classes alike; and they were made for a class, which is evidence beside what the teacher sees.
+"""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from models.arrays import Features, Logits, Views
+from models.arrays import Features, Labels, Logits, Views
 from models.data import archive, fewshot
+from models.generators import shards
 from models.pipeline import StageContext
 from models.stages import HeadParams
 from models.teachers import few_shot_head, questions
+from models.teachers.few_shot_head import FewShotHead
 
 
 @dataclass(frozen=True)
@@ -58,9 +64,23 @@ def label(context: StageContext, params: HeadParams) -> None:
     centre = centre_of(seen, shown, len(labels))
     head = few_shot_head.fit(seen, known[shown], shown, centre, params, classes, size)
     head.save(context.output)
-    SoftLabels(head.logits(features), image, view).save(context.output)
+    logits = head.logits(features)
+    if not bool(real.all()):
+        intended = shards.column(context.inputs["synthetic"], "label")[image[~real] - len(known)]
+        logits[~real] = made_for(head, features[~real], intended, params.intended)
+    SoftLabels(logits, image, view).save(context.output)
     save_classes(context.output, classes)
     context.report(1, 1)
+
+
+def made_for(head: FewShotHead, features: Features, intended: Labels, evidence: float) -> Logits:
+    """Logits [n, C] of synthetic images by their features [n, D], centred at their own mean.
+
+    `evidence` is added to the logit of the class that an image was made for, `intended` [n]; -1: for none.
+    """
+    logits = replace(head, centre=features.mean(0)).logits(features)
+    classes = torch.arange(logits.shape[1])
+    return logits + evidence * (intended[:, None] == classes)
 
 
 def centre_of(features: Features, image: Tensor, support: int) -> Tensor:

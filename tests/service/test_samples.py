@@ -87,7 +87,7 @@ def generated(images: Path, tmp_path_factory: pytest.TempPathFactory) -> local.L
         "draft",
         {
             "textual_inversion": {"steps": 1},
-            "null_text_inversion": {"steps": 2},
+            "null_text_inversion": {"mode": "null_text", "steps": 2},
             "generation": {"images_per_class": 5, "size": 40},
             "teacher": {"input_size": 64, "views": 2},
             "selection": {"least_probability": 0.5},

@@ -54,7 +54,7 @@ def inverted(
         model,
         SUPPORTS[rows],
         conditions(model, *WORDS[rows]),
-        NullTextInversionParams(**{"steps": 8, **params}),
+        NullTextInversionParams(**{"mode": "null_text", "steps": 8, **params}),
         report=report,
         checkpoints=checkpoints,
         batch_size=batch_size,
@@ -128,7 +128,12 @@ def test_batches_of_another_size_change_nothing(model: Diffusion) -> None:
 
 @pytest.mark.parametrize(
     ("mode", "stop_at", "passes_left"),
-    [("null_text", 14, 2 * 4 + 4 + 4 * 4), ("null_text", 30, 2 * 4), ("negative_prompt", 18, 8)],
+    [
+        ("null_text", 14, 2 * 4 + 4 + 4 * 4),
+        ("null_text", 30, 2 * 4),
+        ("negative_prompt", 18, 8),
+        ("ddim", 18, 8),
+    ],
 )
 def test_a_killed_run_goes_on_to_the_same_inversions(
     model: Diffusion, tmp_path: Path, mode: str, stop_at: int, passes_left: int
@@ -196,7 +201,7 @@ def test_an_image_that_is_near_enough_costs_no_more_passes(model: Diffusion) -> 
     assert len(passes.rows) == 4 + 4 * 2
     passes.rows.clear()
     both = torch.cat([model.unconditional(), conditions(model, "red")])  # guidance moves the second one only
-    params = NullTextInversionParams(steps=20, inner_steps=3, tolerance=0.02)
+    params = NullTextInversionParams(mode="null_text", steps=20, inner_steps=3, tolerance=0.02)
     invert(model, SUPPORTS[:2], both, params, report=silent)
     assert set(passes.rows) == {1, 2}
 
@@ -225,6 +230,15 @@ def test_negative_prompt_inversion_needs_two_passes_a_timestep(model: Diffusion)
     assert psnr(again, SUPPORTS).tolist() == pytest.approx(found.psnr.tolist(), abs=0.01)
 
 
+def test_ddim_inversion_guides_by_the_empty_prompt_and_tells_where_that_leads(model: Diffusion) -> None:
+    passes = Passes(model)
+    found = inverted(model, mode="ddim", guidance=5.0)
+    assert passes.rows == [4] * 8 + [8] * 8  # up, then down under both prompts at once
+    assert torch.equal(found.unconditional, model.unconditional()[:, None].expand(4, -1, -1, -1))
+    again = model.decode(sampled(model, found, found.unconditional, 5.0))
+    assert psnr(again, SUPPORTS).tolist() == pytest.approx(found.psnr.tolist(), abs=0.01)
+
+
 def test_supports_of_mixed_sizes_and_modes_are_squeezed_and_inverted(model: Diffusion) -> None:
     contents = []
     for mode, size in (("L", (40, 9)), ("P", (3, 3)), ("RGBA", (16, 31)), ("RGB", (100, 100))):
@@ -232,7 +246,7 @@ def test_supports_of_mixed_sizes_and_modes_are_squeezed_and_inverted(model: Diff
         Image.new(mode, size, 90 if mode in ("L", "P") else None).save(buffer, "PNG")
         contents.append((mode, buffer.getvalue()))
     supports = image_tensors.squares(contents, model.resolution).float() / 255
-    params = NullTextInversionParams(steps=2, inner_steps=1)
+    params = NullTextInversionParams(mode="null_text", steps=2, inner_steps=1)
     found = invert(model, supports, conditions(model, *WORDS), params, report=silent)
     assert found.noise.shape == (4, *model.latent_shape)
     assert found.unconditional.shape == (4, 2, model.context, model.width)
@@ -241,7 +255,7 @@ def test_supports_of_mixed_sizes_and_modes_are_squeezed_and_inverted(model: Diff
 
 def test_one_image_far_smaller_than_the_model_is_inverted_at_its_resolution(model: Diffusion) -> None:
     small = torch.rand(1, 3, 2, 3)
-    params = NullTextInversionParams(steps=2, inner_steps=1)
+    params = NullTextInversionParams(mode="null_text", steps=2, inner_steps=1)
     found = invert(model, small, conditions(model, "red"), params, report=silent)
     wanted = psnr(model.decode(model.encode(small)), image_tensors.resize(small, 16))
     assert found.vae_psnr.tolist() == pytest.approx(wanted.tolist(), abs=1e-3)
@@ -256,7 +270,7 @@ def test_where_memory_is_full_the_batch_halves_and_the_result_is_the_same(model:
 
 
 def test_images_without_their_conditions_and_losses_that_are_no_numbers_are_errors(model: Diffusion) -> None:
-    params = NullTextInversionParams(steps=2)
+    params = NullTextInversionParams(mode="null_text", steps=2)
     with pytest.raises(DataError, match="4 images and 1 conditions"):
         invert(model, SUPPORTS, conditions(model, "red"), params, report=silent)
     with pytest.raises(DataError, match="0 images"):
