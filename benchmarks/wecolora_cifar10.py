@@ -3,7 +3,7 @@
     python -m benchmarks.wecolora_cifar10 [--data FOLDER] [--teacher FOLDER] [--quick]
 
 Every row of a draw has the same unlabelled training images, the same number of steps and views, and is judged by the
-same linear probe: 5,000 labelled training images, all 10,000 of `test/`. The rows of the paper share one recipe (its
+same linear probe: 5,000 labelled training images, all of `test/`. The rows of the paper share one recipe (its
 optimiser, one learning rate), as they do there; what another recipe gives is in rows of its own. Then, in one run each:
 the time that students and teacher take for an image in ONNX Runtime, turn by turn, and the training with kept teacher
 tokens beside a plain loop that asks the teacher at every step. What is under `--work` from an earlier run is not done
@@ -21,7 +21,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +46,7 @@ from models.training.loop import NoCheckpoints
 
 NAME = "wecolora_cifar10"
 TEACHER = "embedded_vit"
-WECOLORA = METHODS["wecolora"]
-#: The method as far as a student without a head.
-BACKBONE = replace(WECOLORA, stages=tuple(WECOLORA.stage(name) for name in ("shorten", "distill_tokens")))
+METHOD = METHODS["wecolora_features"]  # which needs no labels
 
 LEARNING_RATE = 1e-3  # of the paper's rows
 PROBED = 5000  # training images that the linear probes are fitted to
@@ -127,7 +125,7 @@ def parameters(row: str, r: int, steps: int, quick: bool) -> Params:
     }
     if quick:
         shared = {"blocks": {"r": r, "images": 4}, "distillation": {"steps": 3, "batch_size": 8}}
-    return WECOLORA.resolve(
+    return METHOD.resolve(
         "balanced", {name: {**own, **changed.get(name, {})} for name, own in shared.items()}
     )
 
@@ -138,7 +136,7 @@ def measure(task: Task) -> list[dict[str, Any]]:
     found = []
     for name in task.rows:
         run = local.run(
-            BACKBONE,
+            METHOD,
             {"unlabelled": task.unlabelled},
             task.teacher,
             SHORTENED_VIT,
@@ -146,6 +144,7 @@ def measure(task: Task) -> list[dict[str, Any]]:
             params=parameters(name, task.setting.r, task.steps, task.quick),
             seed=task.seed,
             device=task.device,
+            wanted=["backbone"],
         )
         row: dict[str, Any] = {"setting": str(task.setting), "row": name, "draw": task.seed}
         row["accuracy"] = student_accuracy(run, task.probe, task.work, task.device)
