@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import pytest
 from PIL import Image
 
 from models import local
+from models.data import fewshot
+from models.errors import DataError
 from models.methods import METHODS
 from models.students import SHORTENED_VIT
 from models.teachers import TeacherSpec
@@ -84,3 +87,76 @@ def test_a_job_runs_from_masks_to_a_student_that_knows_the_shapes(
     assert report["data"] == {
         "support": 6, "test": 5, "unlabelled": 4, "shots": {"ground": 6, "disc": 6, "square": 6},
     }  # fmt: skip
+
+
+def test_the_bundle_has_what_a_classifier_s_has(finished: local.LocalRun) -> None:
+    with zipfile.ZipFile(finished.folder("bundle") / "bundle.zip") as packed:
+        names = set(packed.namelist())
+        card = packed.read("MODEL_CARD.md").decode()
+        golden = json.loads(packed.read("golden.json"))
+        outputs = json.loads(packed.read("preprocess.json"))["outputs"]
+    assert names >= {
+        "MODEL_CARD.md", "SHA256SUMS", "golden.json", "golden/00.png", "golden/00.classes.png", "labels.json",
+        "manifest.json", "model.onnx", "predict.py", "preprocess.json", "report.json",
+    }  # fmt: skip
+    assert len(golden["images"]) == 6
+    assert [output["name"] for output in outputs] == ["logits", "classes"]
+    for words in (
+        "mean intersection over union",
+        "| disc | 5 |",
+        "made of these weights, changed",
+        "2, 4, 6",
+    ):
+        assert words in card
+
+
+def test_blocks_and_tokens_are_those_of_wecolora(
+    finished: local.LocalRun, folder: Path, spec: TeacherSpec
+) -> None:
+    """So that both methods share what they have in common."""
+    keys = {step.stage.name: step.key for step in finished.planned}
+    method = METHODS["wecolora"]
+    params = method.resolve("balanced", {"distillation": QUICK["distillation"]})
+    sources = local.source_digests(
+        {name: finished.folder(name) for name in ("support", "unlabelled", "test")},
+        {"teacher": spec.model_dump(mode="json"), "student": {"name": SHORTENED_VIT}},
+    )
+    other = method.plan(fewshot.shape_of(finished.folder("support")), sources, params, seed=0)
+    shared = {step.stage.name for step in other if keys.get(step.stage.name) == step.key}
+    assert shared == {"shorten", "distill_tokens"}
+
+
+def test_without_test_masks_it_is_cross_validated(
+    finished: local.LocalRun, spec: TeacherSpec, tmp_path: Path
+) -> None:
+    few = {"distillation": {"steps": 2, "batch_size": 4, "views": 1, "input_size": 64}}
+    run = made({"support": finished.folder("support")}, spec, tmp_path, "report", **few)
+    report = json.loads((run.folder("report") / "report.json").read_text())
+    assert (report["evaluation"]["kind"], report["evaluation"]["folds"]) == ("cross_validation", 5)
+    assert (report["student"]["miou"]["images"], len(report["worst_images"])) == (6, 6)
+    assert report["student"]["miou"]["value"] > 0.5
+    assert [image["miou"] for image in report["worst_images"]] == sorted(
+        image["miou"] for image in report["worst_images"]
+    )
+
+
+def test_masks_and_methods_that_do_not_go_together_are_refused(
+    finished: local.LocalRun, spec: TeacherSpec, tmp_path: Path
+) -> None:
+    splits = {"support": finished.folder("support")}
+    with pytest.raises(
+        DataError, match="'wecolora' is for classification, and these images have masks"
+    ) as caught:
+        local.run("wecolora", splits, spec, SHORTENED_VIT, tmp_path)
+    assert "wecolora_segmentation" in caught.value.hint
+    unlabelled = {"support": finished.folder("unlabelled")}
+    with pytest.raises(DataError, match="these images have no masks"):
+        local.run(METHOD, unlabelled, spec, SHORTENED_VIT, tmp_path)
+
+
+def test_one_image_cannot_be_cross_validated(spec: TeacherSpec, tmp_path: Path) -> None:
+    root = rendered_masks.write(tmp_path / "one", support=1, test=0, unlabelled=2)
+    few = {"distillation": {"steps": 2, "batch_size": 4, "views": 1}}
+    with pytest.raises(DataError, match="cross-validation needs 2 images with masks") as caught:
+        made(root, spec, tmp_path / "out", "cross_validation", **few)
+    assert "test split" in caught.value.hint
