@@ -63,7 +63,11 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     ORACLE: ("kd", {"head": NO_HEAD_TRAINING}),
     "textual inversion only": ("tint", {"null_text_inversion": {"mode": "none"}}),
     REFINED: ("kd", {}),
-    "null-text inversion only": ("tint", {"textual_inversion": {"steps": 0}}),
+    "tint as published": ("tint", {"null_text_inversion": {"mode": "null_text"}, "head": {"intended": 0}}),
+    "null-text inversion only": (
+        "tint",
+        {"textual_inversion": {"steps": 0}, "null_text_inversion": {"mode": "null_text"}},
+    ),
     "tint, alpha 1": ("tint", {"generation": {"alpha": 1.0}}),
     "tint, alpha 0.5": ("tint", {"generation": {"alpha": 0.5}}),
 }

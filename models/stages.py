@@ -67,7 +67,7 @@ class HeadParams(Params):
         description="Weight of all unlabelled images together in those rounds; all labelled ones weigh 1.",
     )
     intended: float = Field(
-        3.0,
+        6.0,
         ge=0,
         le=50,
         description="Added to the logit of the class that a synthetic image was made for: it is that more often than "

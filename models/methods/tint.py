@@ -132,7 +132,7 @@ class SelectionParams(Params):
         0.2,
         ge=0,
         lt=1,
-        description="An image is rejected where the teacher gives its class a lower probability.",
+        description="An image is rejected where its class has a lower probability, by the teacher and `head.intended`.",
     )
     most_to_least: float = Field(
         2.0,
