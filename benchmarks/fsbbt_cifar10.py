@@ -316,6 +316,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1, help="runs at the same time")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of each process")
     parser.add_argument("--makers", action="store_true", help="compare image makers, on the first draw")
+    parser.add_argument("--rows", type=int, help="how many of the rows to run; all if not given")
     parser.add_argument("--quick", action="store_true", help="one draw, a few steps; writes no result")
     args = parser.parse_args()
     if not (args.data / "cifar10.tar.xz").is_file():
@@ -332,7 +333,7 @@ def main() -> None:
     tested = answers(model, decoded(files.test)).argmax(1) == files.test_labels
     found = float(tested.double().mean())
     print(f"teacher: {found:.4f}", flush=True)
-    chosen = makers() if args.makers else arms()
+    chosen = (makers() if args.makers else arms())[: args.rows]
     if args.quick:
         chosen = [quick(arm) for arm in chosen]
     seeds = list(range(1 if args.quick or args.makers else args.draws))
