@@ -3,11 +3,12 @@
     python -m benchmarks.wecolora_cifar10 [--data FOLDER] [--teacher FOLDER] [--quick]
 
 Every row of a draw has the same unlabelled training images, the same number of steps and views, and is judged by the
-same linear probe: 5,000 labelled training images, all of `test/`. The rows of the paper share one recipe (its
-optimiser, one learning rate), as they do there; what another recipe gives is in rows of its own. Then, in one run each:
-the time that students and teacher take for an image in ONNX Runtime, turn by turn, and the training with kept teacher
-tokens beside a plain loop that asks the teacher at every step. What is under `--work` from an earlier run is not done
-again, so a stopped run goes on.
+same linear probe: 5,000 labelled training images, all of `test/`. The embedded ViT has learnt from all training images
+before; no student sees more of them than its row says. The rows of the paper share one recipe (its optimiser, one
+learning rate), as they do there; what another recipe gives is in rows of its own. Then, in one run each: the time that
+students and teacher take for an image in ONNX Runtime, turn by turn, and the training with kept teacher tokens beside a
+plain loop that asks the teacher at every step. What is under `--work` from an earlier run is not done again, so a
+stopped run goes on.
 """
 
 from __future__ import annotations
