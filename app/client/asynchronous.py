@@ -185,7 +185,8 @@ class AsyncDatasets:
         """Upload a folder of class folders, a zip of them, or pairs of ("class/file", path or bytes).
 
         A folder `test` beside the classes holds class folders of images that only measure, a folder
-        `unlabelled` images without a class.
+        `unlabelled` images without a class. For segmentation the folders are `images` and `masks`, with PNG masks of
+        their images' names.
         """
         with packed(source) as (own_name, archive):
             return await self._dram.run(calls.create_dataset(name or own_name, archive))

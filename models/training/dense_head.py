@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -50,13 +51,13 @@ def fit_heads(context: StageContext, params: DenseHeadParams) -> None:
     shutil.copyfile(context.folder("backbone") / "history.json", context.output / "history.json")
 
 
+@dataclass(frozen=True)
 class Shots:
     """Images to learn from: `pixels` uint8 [N, 3, S, S], N `masks` of the images' own sizes, names of C classes."""
 
-    def __init__(self, pixels: Pixels, of_pixels: Sequence[Mask], classes: tuple[str, ...]) -> None:
-        self.pixels = pixels
-        self.masks = list(of_pixels)
-        self.classes = classes
+    pixels: Pixels
+    masks: Sequence[Mask]
+    classes: tuple[str, ...]
 
     @classmethod
     def read(cls, context: StageContext, size: int) -> Shots:

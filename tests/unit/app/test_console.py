@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from app import console
@@ -19,3 +21,37 @@ def test_remarks_of_one_kind_are_shown_a_few_times_and_then_counted(
     assert [line for line in lines if "tiny." in line] == [f"  {n}.png: it is tiny." for n in range(3)]
     assert "  bad.png: it cannot be decoded." in lines
     assert lines[-1] == "  and 47 more like the last (image_tiny)."
+
+
+def test_a_report_of_class_maps_shows_how_well_they_agree_with_masks(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def network(miou: float, low: float | None) -> dict[str, Any]:
+        share = {"value": miou, "low": low, "high": None if low is None else miou + 0.1}
+        about = {"name": "a", "title": "A", "parameters": 1000, "bytes": 4000}
+        return {**about, "miou": share, "pixel_accuracy": {**share, "value": 0.97}}
+
+    timed = {"median_ms": 1.5}
+    console.report(
+        {
+            "task": "segmentation",
+            "student": network(0.8, 0.7),
+            "teacher": network(0.9, None),
+            "latency": {
+                "student": timed,
+                "teacher": timed,
+                "speedup": {"value": 2.0},
+                "runtime": "onnxruntime",
+                "threads": 1,
+            },
+            "compression": {"bytes": 2.0},
+            "int8": {"asked": False},
+            "evaluation": {"explanation": "Measured with masks."},
+        }
+    )
+    shown = capsys.readouterr().out
+    assert "mean IoU" in shown
+    assert "80.0% [70.0%, 90.0%]" in shown
+    assert "90.0%" in shown  # without an interval
+    assert "2.0 times smaller, 2.0 times faster (onnxruntime, 1 thread)" in shown
+    assert "agreement" not in shown

@@ -163,3 +163,34 @@ def test_a_child_that_ended_with_the_thread_that_started_it_is_replaced(decoder:
     assert ended is not None
     assert ended.wait(30) == -signal.SIGKILL
     assert decoder.clean(picture()).width == 50
+
+
+def test_images_and_masks_are_decoded_by_one_child_in_turn(decoder: Decoder) -> None:
+    mask = io.BytesIO()
+    Image.new("L", (50, 40), 3).save(mask, "PNG")
+    assert decoder.clean(picture()).width == 50
+    child = decoder._child
+    found = decoder.clean_mask(mask.getvalue(), 50, 40)
+    assert (found.original, found.values) == ((50, 40), {3})
+    assert decoder.clean(picture()).width == 50
+    assert decoder._child is child
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["{'original_width': 5, 'original_height': 4, 'values': [300]}, PNG", "{'values': [1]}, PNG",
+     "{'original_width': 5, 'original_height': 4, 'values': [1]}, b'#!/bin/sh'",
+     "{'original_width': 0, 'original_height': 4, 'values': [1]}, PNG"],
+    ids=["value", "no size", "no PNG", "empty"],
+)  # fmt: skip
+def test_what_a_child_says_of_a_mask_is_not_believed(answer: str, tmp_path: Path) -> None:
+    program = tmp_path / "lying.py"
+    program.write_text(
+        f"import runpy\ndecoder = runpy.run_path({str(decoding.PROGRAM)!r}, run_name='decoder')\n"
+        f"PNG = {picture()!r}\n"
+        f"decoder['main'].__globals__['clean_mask'] = lambda *_: ({answer})\ndecoder['main']()\n"
+    )
+    with Decoder(max_pixels=1_000_000, timeout_s=5, program=program) as decoder:
+        with pytest.raises(ImageRejected):
+            decoder.clean_mask(picture(), 5, 4)
+        assert decoder.clean(picture()).width == 50
