@@ -111,4 +111,4 @@ def test_a_classifier_needs_labelled_images(stack: Stack) -> None:
         "/v1/jobs", json={**ORDER, "dataset_id": dataset, "method": "wecolora", "params": QUICK}
     )
     assert (answer.status_code, answer.json()["code"]) == (422, "dataset_lacks_images")
-    assert "'wecolora_features'" in answer.json()["detail"]
+    assert "Method 'wecolora' needs labelled images" in answer.json()["detail"]
