@@ -148,7 +148,10 @@ def generators(url: Url = None, key: Key = None, home: HomeFolder = HERE, as_jso
 @cli.command()
 def upload(
     source: Annotated[
-        Path, typer.Argument(metavar="FOLDER|ZIP", help="One folder of images for each class, or images/ with masks/.")
+        Path,
+        typer.Argument(
+            metavar="FOLDER|ZIP", help="One folder of images for each class, or images/ with masks/."
+        ),
     ],
     name: Annotated[str | None, typer.Option(help="What to call it. Empty: the folder's name.")] = None,
     url: Url = None,
@@ -282,7 +285,10 @@ def predict(
 @cli.command()
 def distill(
     folder: Annotated[
-        Path, typer.Argument(metavar="FOLDER|ZIP", help="One folder of images for each class, or images/ with masks/.")
+        Path,
+        typer.Argument(
+            metavar="FOLDER|ZIP", help="One folder of images for each class, or images/ with masks/."
+        ),
     ],
     out: Annotated[
         Path, typer.Option(help="FILE.onnx for the network alone, FILE.zip for the whole bundle.")

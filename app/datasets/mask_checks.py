@@ -47,6 +47,12 @@ def check(findings: Findings, classes: Sequence[str], kept: Sequence[Examined], 
             findings.counts[name, what] = sum(number in values for values in shown[split])
         if not findings.counts[name, "shots"]:
             findings.faults.append(_not_shown(number, name))
+        elif shown["test"] and not findings.counts[name, "test_images"]:
+            detail = f"Class '{name}' is in no mask of test/masks/, so that how well it is found will not be known."
+            findings.warnings.append(Finding("class_without_test_images", class_pointer(name), detail))
+    if shown["test"] and not any(values - {IGNORED} for values in shown["test"]):
+        detail = f"The masks in test/masks/ show no class: all pixels are {IGNORED}. Correct them, or remove test/."
+        findings.faults.append(Finding("test_masks_without_class", "/files", detail))
     shots = len(shown["support"])
     if shots < settings.min_shots:
         images = "1 usable image with a mask" if shots == 1 else f"{shots} usable images with masks"

@@ -226,14 +226,16 @@ def test_a_mask_of_the_image_before_it_was_turned_is_told_so(client: httpx.Clien
         (pairs(mask_png(halves(0, 38)), mask_png(halves(0, 75))), "/files", "the values 0, 38, 75. Without"),
         ({f"images/{number}.png": noise(number) for number in range(3)}, "/files", "Nothing lies in masks/."),
         ({f"masks/{number}.png": mask_png(halves(0, 1)) for number in range(3)}, "/files", "Nothing lies in images/."),
+        ({**good(test=0), "test/images/0.png": noise(99), "test/masks/0.png": mask_png(flat(IGNORED))}, "/files",
+         "The masks in test/masks/ show no class"),
         ({**good(), "classes.txt": b"a\nb\nc\nsky\n"}, "/classes/sky", "Class 'sky' (value 3) is in no mask"),
         ({**good(), "classes.txt": b"a\nb\na\n"}, "/files/classes.txt", "classes.txt names 'a' 2 times"),
         ({**good(), "classes.txt": b"a\n\nc\n"}, "/files/classes.txt", "line 2 of classes.txt is no name"),
         ({**good(), "classes.txt": b"\n"}, "/files/classes.txt", "classes.txt has 0 names"),
         ({**good(), "classes.txt": b"a\xff\nb\nc"}, "/files/classes.txt", "classes.txt is not UTF-8"),
     ],
-    ids=["no class", "one class", "one image", "gaps", "no masks", "no images", "class never shown", "class twice",
-         "empty line", "no names", "not utf-8"],
+    ids=["no class", "one class", "one image", "gaps", "no masks", "no images", "empty test",
+         "class never shown", "class twice", "empty line", "no names", "not utf-8"],
 )  # fmt: skip
 def test_what_cannot_be_learnt_is_said_with_the_way_out(
     client: httpx.Client, files: Files, pointer: str, words: str
@@ -263,3 +265,11 @@ def test_a_broken_image_is_left_out_with_its_mask_and_so_is_what_lies_elsewhere(
         "image_corrupt",
         "file_beside_masks",
     }
+
+
+def test_a_class_that_no_test_mask_shows_is_told(client: httpx.Client) -> None:
+    files = {**good(test=0), "test/images/0.png": noise(99), "test/masks/0.png": mask_png(halves(0, 1))}
+    warnings = created(client, files)["report"]["warnings"]
+    assert [(warning["code"], warning["pointer"]) for warning in warnings] == [
+        ("class_without_test_images", "/classes/square")
+    ]
