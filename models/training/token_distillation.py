@@ -51,7 +51,8 @@ def shorten(context: StageContext, params: BlocksParams) -> None:
     timed: list[Timed] = []
     if params.most_latency is not None:
         smallest = r if params.most_parameters is not None else 2
-        r, timed = _fast_enough(teacher, params.rule, params.most_latency, range(smallest, depth + 1))
+        choices = range(smallest, depth + 1)
+        r, timed = _fast_enough(teacher, params.rule, params.most_latency, choices, context.report)
     changes: list[float] = []
     if params.rule == "first_of_group":
         kept = block_selection.first_of_group(depth, r)
@@ -59,20 +60,23 @@ def shorten(context: StageContext, params: BlocksParams) -> None:
         kept = block_selection.last_of_group(depth, r)
     else:
         shown = _some_images(context, teacher.input_size, params.images)
-        change = TokenChange(teacher, shown)
+        change = TokenChange(teacher, shown, context.report)
         kept, changes = block_selection.least_change(depth, r, change)
     measured = tuple(asdict(each) for each in timed)
     Shortening(kept, depth, params.rule, tuple(changes), measured).save(context.output)
     context.report(1, 1, blocks=len(kept))
 
 
-def _fast_enough(teacher: Teacher, rule: str, most: float, choices: range) -> tuple[int, list[Timed]]:
+def _fast_enough(
+    teacher: Teacher, rule: str, most: float, choices: range, report: Report
+) -> tuple[int, list[Timed]]:
     """The smallest r of `choices` with which the student takes at most the share `most` of the teacher's time, and what
     was measured. Raises `TrainingError` where none does.
     """
     depth = len(vit_families.blocks_of(teacher.network))
     timer = DepthTimer(teacher)
-    for r in choices:
+    for done, r in enumerate(choices):
+        report(done, len(choices))
         blocks = len(block_selection.first_of_group(depth, r)) if rule == "first_of_group" else depth // r
         if timer(blocks).share <= most:
             return r, timer.timed
@@ -84,10 +88,16 @@ def _fast_enough(teacher: Teacher, rule: str, most: float, choices: range) -> tu
 
 
 class TokenChange:
-    """How far the last tokens of some of a teacher's blocks are from those of all: mean |difference| / mean |token|."""
+    """How far the last tokens of some of a teacher's blocks are from those of all: mean |difference| / mean |token|.
 
-    def __init__(self, teacher: Teacher, pixels: Pixels) -> None:
+    `report` is told of each question, of as many as there are at most.
+    """
+
+    def __init__(self, teacher: Teacher, pixels: Pixels, report: Report) -> None:
         self.network = teacher.network
+        depth = len(vit_families.blocks_of(teacher.network))
+        self.asked, self.most = 0, depth * (depth + 1) // 2
+        self.report = report
         device = next(teacher.network.parameters()).device
         self.batches = [
             images.normalise(part.to(device).float() / 255, teacher.mean, teacher.std)
@@ -97,6 +107,8 @@ class TokenChange:
         self.size = torch.stack([tokens.abs().mean() for tokens in self.whole]).mean()
 
     def __call__(self, kept: block_selection.Kept) -> float:
+        self.asked += 1
+        self.report(self.asked, self.most)
         short = shortened_vit.shorten(self.network, kept)
         pairs = zip(self._tokens(short), self.whole, strict=True)
         differences = torch.stack([(tokens - whole).abs().mean() for tokens, whole in pairs])

@@ -156,8 +156,12 @@ def test_low_rank_updates_of_random_weights_are_refused() -> None:
 
 
 def test_the_change_of_tokens_is_nothing_for_all_blocks_and_grows_without_them(teacher: Teacher) -> None:
-    change = token_distillation.TokenChange(teacher, PIXELS)
+    told: list[tuple[int, int]] = []
+    change = token_distillation.TokenChange(
+        teacher, PIXELS, lambda step, total, **_: told.append((step, total))
+    )
     assert change(tuple(range(tiny_vit.DEPTH))) == 0
+    assert told == [(1, 21)]
     with torch.no_grad(), TokenTap(teacher.network, [LAST]) as tap:
         seen = images.normalise(PIXELS.float() / 255, teacher.mean, teacher.std)
         (whole,) = tap(seen)
