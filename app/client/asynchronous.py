@@ -369,3 +369,7 @@ class AsyncStudents:
     ) -> Prediction:
         """What the student sees in an image (JPEG, PNG or WebP)."""
         return await self._dram.run(calls.predict(student_id, image, precision, top))
+
+    async def class_map(self, student_id: str, image: Path | bytes) -> bytes:
+        """What each pixel of an image (JPEG, PNG or WebP) shows: a grey PNG whose values are numbers of classes."""
+        return await self._dram.run(calls.class_map(student_id, image))

@@ -265,6 +265,17 @@ def predict(student_id: str, image: Path | bytes, precision: str | None, top: in
     return Prediction.model_validate(response.json())
 
 
+def class_map(student_id: str, image: Path | bytes) -> Flow[bytes]:
+    response = yield Call(
+        "POST",
+        f"/v1/students/{student_id}/class-map",
+        content=image if isinstance(image, bytes) else image.read_bytes(),
+        headers={"Content-Type": "application/octet-stream"},
+        repeatable=True,
+    )
+    return response.content
+
+
 def ready() -> Flow[dict[str, Any]]:
     """Readiness. Raises DramApiError (503) where a part is missing."""
     response = yield Call("GET", "/readyz")

@@ -365,3 +365,7 @@ class Students:
     ) -> Prediction:
         """What the student sees in an image (JPEG, PNG or WebP)."""
         return self._dram.run(calls.predict(student_id, image, precision, top))
+
+    def class_map(self, student_id: str, image: Path | bytes) -> bytes:
+        """What each pixel of an image (JPEG, PNG or WebP) shows: a grey PNG whose values are numbers of classes."""
+        return self._dram.run(calls.class_map(student_id, image))

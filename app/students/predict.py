@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import threading
 from collections import OrderedDict
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnxruntime
+from PIL import Image
 
 from app.datasets.one_image import ImageReader
 from app.settings import Settings
@@ -47,6 +49,12 @@ class LoadedStudent:
         pairs = zip(self.labels, probabilities[0].tolist(), strict=True)
         return [Score(label, score) for label, score in sorted(pairs, key=lambda pair: -pair[1])]
 
+    def class_map(self, pixels: np.ndarray) -> np.ndarray:
+        """uint8 [H, W], the index of each pixel's label, of a student that gives class maps. `pixels` as above."""
+        (classes,) = self.session.run(["classes"], {self.session.get_inputs()[0].name: pixels})
+        found: np.ndarray = classes[0]
+        return found
+
 
 class Predictor:
     """Answers for all students of this process: the newest sessions kept, one decoder child at a time."""
@@ -64,6 +72,13 @@ class Predictor:
         """
         pixels = self._images.pixels(content)
         return self._student(digest).scores(pixels[None])
+
+    def class_map(self, digest: str, content: bytes) -> bytes:
+        """The class map of an encoded image, an 8-bit grey PNG. Raises as `predict` does."""
+        pixels = self._images.pixels(content)
+        encoded = io.BytesIO()
+        Image.fromarray(self._student(digest).class_map(pixels[None])).save(encoded, "PNG")
+        return encoded.getvalue()
 
     def close(self) -> None:
         self._images.close()

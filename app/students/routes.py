@@ -27,6 +27,22 @@ PrecisionQuery = Annotated[schemas.Precision, Query(description="fp32, or int8 w
 
 _ROOM_FOR_FORM = 64 * 1024
 _BINARY: dict[str, Any] = {"schema": {"type": "string", "format": "binary"}}
+#: The image itself, or a form with it.
+_IMAGE_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/octet-stream": _BINARY,
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["image"],
+                    "properties": {"image": {"type": "string", "format": "binary"}},
+                }
+            },
+        },
+    }
+}
 
 
 def _file(media_type: str) -> dict[int | str, dict[str, Any]]:
@@ -96,21 +112,7 @@ def report(student_id: str, request: Request, wiring: Wired, principal: Reader) 
 @router.post(
     "/{student_id}/predict",
     responses=documented(400, 404, 409, 413, 415),
-    openapi_extra={
-        "requestBody": {
-            "required": True,
-            "content": {
-                "application/octet-stream": _BINARY,
-                "multipart/form-data": {
-                    "schema": {
-                        "type": "object",
-                        "required": ["image"],
-                        "properties": {"image": {"type": "string", "format": "binary"}},
-                    }
-                },
-            },
-        }
-    },
+    openapi_extra=_IMAGE_BODY,
 )
 async def predict(
     student_id: str,
@@ -122,10 +124,10 @@ async def predict(
 ) -> schemas.PredictionAnswer:
     """Labels and scores of one JPEG, PNG or WebP image: the body itself, or the form's file `image`.
 
-    Not of students that answer with class maps or features, whose bundles have a predict.py for that.
+    Not of students that answer with class maps, which have /class-map, or features.
     """
     student = await run_in_threadpool(_student, wiring, principal, student_id)
-    service.require_scores(student)
+    service.require_task(student, "classification")
     digest = service.graph(student, precision)
     content = await _image(request, wiring.settings.max_image_bytes)
     predictor: Predictor = request.app.state.predictor
@@ -136,6 +138,27 @@ async def predict(
         precision=precision,
         predictions=[schemas.ScoreAnswer(label=score.label, score=score.score) for score in scores[:top]],
     )
+
+
+@router.post(
+    "/{student_id}/class-map",
+    response_class=Response,
+    responses={200: {"content": {"image/png": _BINARY}}, **documented(400, 404, 409, 413, 415)},
+    openapi_extra=_IMAGE_BODY,
+)
+async def class_map(student_id: str, request: Request, wiring: Wired, principal: Reader) -> Response:
+    """What each pixel of one JPEG, PNG or WebP image shows, by a student of a segmentation.
+
+    An 8-bit grey PNG like the masks that it learned from: a pixel's value is the number of its class in the student's
+    `classes`. It has the image's size, turned upright; images of more than 1024 pixels a side are scaled down before.
+    """
+    student = await run_in_threadpool(_student, wiring, principal, student_id)
+    service.require_task(student, "segmentation")
+    digest = service.graph(student, "fp32")
+    content = await _image(request, wiring.settings.max_image_bytes)
+    predictor: Predictor = request.app.state.predictor
+    picture = await run_in_threadpool(predictor.class_map, digest, content)
+    return Response(picture, media_type="image/png")
 
 
 async def _image(request: Request, most: int) -> bytes:

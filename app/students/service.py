@@ -10,10 +10,21 @@ from app.errors import Conflict, NotFound
 from app.security.principal import Principal
 from app.students.tables import Student
 from models.methods import METHODS
+from models.pipeline import Task
 
 FILE_OF_PRECISION = {"fp32": "model.onnx", "int8": "model.int8.onnx"}
 BUNDLE = "bundle.zip"
 REPORT = "report.json"
+_ANSWERS: dict[Task, str] = {
+    "classification": "scores of the classes of an image",
+    "segmentation": "a class map",
+    "features": "features",
+}
+_INSTEAD: dict[Task, str] = {
+    "classification": "POST the image to its /predict.",
+    "segmentation": "POST the image to its /class-map.",
+    "features": "Download its bundle: predict.py there runs it.",
+}
 
 
 def page(
@@ -52,15 +63,14 @@ def graph(student: Student, precision: str) -> str:
     return file(student, name)
 
 
-def require_scores(student: Student) -> None:
-    """Raise `Conflict` for a student that gives no score of a whole image."""
+def require_task(student: Student, task: Task) -> None:
+    """Raise `Conflict` for a student that answers otherwise than the students of this task."""
     method = METHODS.get(student.method)
-    if method is not None and method.task != "classification":
-        answers = "the class of each pixel" if method.task == "segmentation" else "features"
+    own = method.task if method is not None else "classification"
+    if own != task:
         raise Conflict(
-            f"Student '{student.id}' answers with {answers}, not with scores of classes of the whole image. Download "
-            "its bundle: predict.py there runs it.",
-            code="student_gives_no_scores",
+            f"Student '{student.id}' answers with {_ANSWERS[own]}, not with {_ANSWERS[task]}. {_INSTEAD[own]}",
+            code="student_answers_otherwise",
         )
 
 

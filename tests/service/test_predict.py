@@ -135,3 +135,9 @@ def test_only_so_many_students_are_kept_ready(
     predictor.close()
     predictor.predict(digests[0], picture("#ff0000"))
     predictor.close()
+
+
+def test_a_student_of_whole_images_gives_no_class_map(client: httpx.Client, student: str) -> None:
+    answer = client.post(f"/v1/students/{student}/class-map", content=picture("#ff0000"))
+    assert (answer.status_code, answer.json()["code"]) == (409, "student_answers_otherwise")
+    assert "/predict" in answer.json()["detail"]

@@ -17,6 +17,7 @@ import onnxruntime
 import pytest
 from PIL import Image
 
+from app.client import Dram
 from models.students import SHORTENED_VIT
 from tests import rendered_masks, tiny_vit
 from tests.service.stack import Stack
@@ -128,6 +129,21 @@ def test_the_bundle_makes_the_same_class_maps_elsewhere(
     np.testing.assert_array_equal(np.array(made), expected[0])
 
 
+def test_the_service_makes_class_maps_too(
+    stack: Stack, job: dict[str, Any], bundle: Path, scenes: dict[str, bytes]
+) -> None:
+    content = scenes["test/images/0.png"]
+    made = stack.http.post(f"/v1/students/{job['student_id']}/class-map", content=content)
+    assert (made.status_code, made.headers["content-type"]) == (200, "image/png")
+    session = onnxruntime.InferenceSession(bundle / "model.onnx")
+    (expected,) = session.run(["classes"], {"image": values_of(content)[None]})
+    np.testing.assert_array_equal(values_of(made.content), expected[0])
+    with Dram(str(stack.http.base_url), stack.http.headers["authorization"].removeprefix("Bearer ")) as dram:
+        assert dram.students.class_map(job["student_id"], content) == made.content
+    empty = stack.http.post(f"/v1/students/{job['student_id']}/class-map", content=b"")
+    assert empty.status_code == 422
+
+
 def test_a_student_of_class_maps_gives_no_scores(
     stack: Stack, job: dict[str, Any], scenes: dict[str, bytes]
 ) -> None:
@@ -135,7 +151,7 @@ def test_a_student_of_class_maps_gives_no_scores(
         f"/v1/students/{job['student_id']}/predict", content=scenes["test/images/0.png"],
         headers={"Content-Type": "image/png"},
     )  # fmt: skip
-    assert (answer.status_code, answer.json()["code"]) == (409, "student_gives_no_scores")
+    assert (answer.status_code, answer.json()["code"]) == (409, "student_answers_otherwise")
 
 
 def test_without_test_masks_it_is_cross_validated(stack: Stack, scenes: dict[str, bytes]) -> None:
