@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import struct
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,6 +61,29 @@ def mask_png(mask: NDArray[np.uint8], *, palette: bool = False) -> bytes:
             COLOURS.flatten().tolist() + 253 * [255, 255, 255]
         )  # of 3 colours, 2 bits would be written
     return png(image)
+
+
+def grey_png(rows: list[list[int]], bits: int) -> bytes:
+    """A PNG of few bits a pixel, which Pillow does not write; each row fills whole bytes."""
+    lines = b""
+    for row in rows:
+        number = int("".join(format(value, f"0{bits}b") for value in row), 2)
+        lines += b"\0" + number.to_bytes(len(row) * bits // 8, "big")
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        )
+
+    header = struct.pack(">IIBBBBB", len(rows[0]), len(rows), bits, 0, 0, 0, 0)
+    return b"".join(
+        (
+            b"\x89PNG\r\n\x1a\n",
+            chunk(b"IHDR", header),
+            chunk(b"IDAT", zlib.compress(lines)),
+            chunk(b"IEND", b""),
+        )
+    )
 
 
 def write(folder: Path, **counts: int) -> Path:

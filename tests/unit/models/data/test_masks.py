@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import struct
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -17,33 +15,10 @@ from models.errors import DataError
 from tests import rendered_masks
 
 
-def grey_png(rows: list[list[int]], bits: int) -> bytes:
-    """A PNG of few bits a pixel, which Pillow does not write; each row fills whole bytes."""
-    lines = b""
-    for row in rows:
-        number = int("".join(format(value, f"0{bits}b") for value in row), 2)
-        lines += b"\0" + number.to_bytes(len(row) * bits // 8, "big")
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-        )
-
-    header = struct.pack(">IIBBBBB", len(rows[0]), len(rows), bits, 0, 0, 0, 0)
-    return b"".join(
-        (
-            b"\x89PNG\r\n\x1a\n",
-            chunk(b"IHDR", header),
-            chunk(b"IDAT", zlib.compress(lines)),
-            chunk(b"IEND", b""),
-        )
-    )
-
-
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 def test_values_are_those_of_the_file_however_many_bits_they_have(bits: int) -> None:
     rows = [[(row + column) % min(4, 2**bits) for column in range(8)] for row in range(3)]
-    assert masks.decode(grey_png(rows, bits)).tolist() == rows
+    assert masks.decode(rendered_masks.grey_png(rows, bits)).tolist() == rows
 
 
 def test_the_colours_of_a_palette_mean_nothing() -> None:
