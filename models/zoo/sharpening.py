@@ -95,7 +95,7 @@ def train(
     """The larger VAE and its training curve, from latents [2, N, C, 8, 8]: of the pictures, and of them mirrored."""
     seed_weights(seed, "weights", "sharp")
     vae = architecture.vae(replace(budget, vae_widths=budget.sharp_widths))
-    network = Sharpener(vae, discriminator()).to(device, memory_format=torch.channels_last)
+    network = Sharpener(vae, discriminator()).to(device).to(memory_format=torch.channels_last)
     eye = Eye(device)
     pixels = pictures.pixels.to(device)
     size = budget.sharp_batch_size
@@ -129,6 +129,7 @@ def loss(
     arXiv:1705.02894).
     """
     encoded, decoded = network(images, noisy)
+    whole: Tensor
     error = images - decoded.float()
     edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
     with torch.no_grad():

@@ -165,7 +165,8 @@ def _latents(
     """The small VAE's latents float16 [2, N, C, 8, 8] of all images and of them mirrored."""
     ready = folder / "ready.safetensors"
     if ready.is_file():
-        return load_file(ready)["latents"]
+        found: Tensor = load_file(ready)["latents"]
+        return found
     vae, _ = autoencoder.train(
         budget,
         shown,
