@@ -35,9 +35,9 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    with op.batch_alter_table('jobs', schema=None) as batch_op:
-        for name in ('shown_cached', 'shown_spent', 'queries_cached', 'queries_spent', 'queries_planned', 'query_budget'):
-            batch_op.drop_column(name)
+    # Not in a batch: SQLite would make the table anew, which rows that refer to its own forbid.
+    for name in ('shown_cached', 'shown_spent', 'queries_cached', 'queries_spent', 'queries_planned', 'query_budget'):
+        op.drop_column('jobs', name)
 
     with op.batch_alter_table('teacher_answers', schema=None) as batch_op:
         batch_op.drop_index(batch_op.f('ix_teacher_answers_created_at'))

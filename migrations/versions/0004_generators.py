@@ -23,8 +23,6 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    with op.batch_alter_table('workers', schema=None) as batch_op:
-        batch_op.drop_column('generators')
-
-    with op.batch_alter_table('jobs', schema=None) as batch_op:
-        batch_op.drop_column('generator')
+    # Not in a batch: SQLite would make the tables anew, which rows that refer to theirs forbid.
+    op.drop_column('workers', 'generators')
+    op.drop_column('jobs', 'generator')

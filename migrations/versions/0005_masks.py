@@ -23,8 +23,6 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    with op.batch_alter_table('dataset_images', schema=None) as batch_op:
-        batch_op.drop_column('mask')
-
-    with op.batch_alter_table('datasets', schema=None) as batch_op:
-        batch_op.drop_column('task')
+    # Not in a batch: SQLite would make the tables anew, and what refers to their rows would be deleted with them.
+    op.drop_column('dataset_images', 'mask')
+    op.drop_column('datasets', 'task')

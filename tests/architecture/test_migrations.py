@@ -8,6 +8,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 
 from app import migrate
+from app.datasets.tables import Dataset, DatasetImage
 from app.db import Database
 from app.tables import Base
 
@@ -36,6 +37,39 @@ def test_the_migrations_can_be_taken_back(database: Database) -> None:
     with database.engine.connect() as connection:
         assert set(sa.inspect(connection).get_table_names()) == {"alembic_version"}
     assert migrate.to_head(database)
+
+
+def test_taking_a_column_back_loses_no_row(database: Database) -> None:
+    """SQLite deletes what refers to a table's rows when it makes the table anew without the column."""
+    with database.writing() as session:
+        session.add(
+            Dataset(
+                id="ds_1",
+                tenant="t",
+                name="n",
+                digest="d",
+                classes=[],
+                splits={},
+                smallest_class=0,
+                report={},
+            )
+        )
+        session.flush()
+        session.add(
+            DatasetImage(
+                id="img_1", dataset_id="ds_1", split="support", file="0.png", name="0.png", width=1, height=1
+            )
+        )
+    with database.engine.begin() as connection:
+        config = migrate._config()
+        config.attributes["connection"] = connection
+        command.downgrade(config, "0004")
+    with database.engine.connect() as connection:
+        rows = [
+            connection.scalar(sa.text(f"SELECT count(*) FROM {table}"))
+            for table in ("datasets", "dataset_images")
+        ]
+    assert rows == [1, 1]
 
 
 def test_there_is_one_newest_revision() -> None:
