@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from app.datasets.members import Member, class_pointer, pointer
 from app.datasets.report import Examined, ExaminedMask, Findings
@@ -15,13 +15,23 @@ from models.errors import DataError
 _MOST_LISTED = 10
 
 
-def names_of(findings: Findings, file: Member | None, images: Iterable[Examined]) -> tuple[str, ...]:
+def names_of(findings: Findings, file: Member | None, images: Sequence[Examined]) -> tuple[str, ...]:
     """The classes that `classes.txt` names, else those of the values 0 to the highest in the masks."""
     if file is None:
+        if any(item.mask_fault for item in images):
+            return ()  # values of masks that cannot be read would look like gaps
         values = sorted({value for item in images if item.mask for value in item.mask.values} - {IGNORED})
         if values != list(range(len(values))):
             findings.faults.append(_gaps(values))
+            return ()
         return class_names.of_values(len(values) - 1)
+    if file.size > class_names.MAX_BYTES:
+        detail = (
+            f"{file.name}: it has {file.size:,} bytes, and names of classes have {class_names.MAX_BYTES:,} at most. "
+            "Write one name a line."
+        )
+        findings.faults.append(Finding("class_names", pointer(file.name), detail))
+        return ()
     try:
         return class_names.read(file.read())
     except DataError as error:

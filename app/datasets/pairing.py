@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -48,7 +49,7 @@ def pair(members: Sequence[tuple[Sequence[str], Member]], below: str) -> Pairs:
         if len(steps) < 2 or folder not in sides:
             pairs.warnings.append(_elsewhere(member))
             continue
-        name = "/".join(steps[1:])
+        name = unicodedata.normalize("NFC", "/".join(steps[1:]))
         stem = name.rpartition(".")[0] or name
         if folder == IMAGES:
             names[stem] = "/".join(steps)

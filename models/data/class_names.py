@@ -9,6 +9,8 @@ from models.errors import DataError
 
 FILE_NAME = "classes.txt"
 MAX_LENGTH = 100
+#: Names of so many characters, of up to four bytes each, a line each.
+MAX_BYTES = IGNORED * (4 * MAX_LENGTH + 2)
 
 
 def read(content: bytes) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import numpy as np
@@ -12,6 +12,9 @@ from PIL import Image
 
 from tests import rendered_masks
 from tests.rendered_masks import IGNORED, mask_png, png, zipped
+
+if TYPE_CHECKING:
+    from tests.conftest import Gateway
 
 pytestmark = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 
@@ -211,14 +214,43 @@ def test_a_mask_of_the_image_before_it_was_turned_is_told_so(client: httpx.Clien
         ({**good(), "classes.txt": b"a\n\nc\n"}, "/files/classes.txt", "line 2 of classes.txt is no name"),
         ({**good(), "classes.txt": b"\n"}, "/files/classes.txt", "classes.txt has 0 names"),
         ({**good(), "classes.txt": b"a\xff\nb\nc"}, "/files/classes.txt", "classes.txt is not UTF-8"),
+        ({**good(), "classes.txt": b"a\n" * 60_000}, "/files/classes.txt", "classes.txt: it has 120,000 bytes, and"),
     ],
     ids=["no class", "one class", "one image", "gaps", "no masks", "no images", "empty test",
-         "class never shown", "class twice", "empty line", "no names", "not utf-8"],
+         "class never shown", "class twice", "empty line", "no names", "not utf-8", "long list"],
 )  # fmt: skip
 def test_what_cannot_be_learnt_is_said_with_the_way_out(
     client: httpx.Client, files: Files, pointer: str, words: str
 ) -> None:
     assert words in refused(client, files)[pointer]
+
+
+def test_of_values_with_gaps_it_is_said_once(client: httpx.Client) -> None:
+    found = refused(client, pairs(mask_png(halves(0, 38)), mask_png(halves(0, 75))))
+    assert list(found) == ["/files"]
+
+
+def test_a_mask_that_cannot_be_read_makes_no_gap(client: httpx.Client) -> None:
+    found = refused(client, pairs(mask_png(halves(0, 2)), png(Image.new("RGB", (40, 40)))))
+    assert list(found) == ["/files/masks~11.png"]
+
+
+def test_accents_match_however_they_are_encoded(client: httpx.Client) -> None:
+    files = pairs(mask_png(halves(0, 1)), mask_png(halves(1, 0)))
+    files["images/caf\u00e9.png"] = noise(9)
+    files["masks/cafe\u0301.png"] = mask_png(halves(0, 1))
+    assert ("support", "images/caf\u00e9.png") in listed(client, created(client, files))
+
+
+def test_nobody_elses_mask_is_shown(client: httpx.Client, gateway: Gateway) -> None:
+    url = listed(client, created(client, good()))["support", "images/0.png"]["mask_url"]
+    with gateway.client(gateway.key_of("other", "datasets:read")) as stranger:
+        assert stranger.get(url).status_code == 404
+    with gateway.client(gateway.key_of("default", "students:read")) as other_scope:
+        assert other_scope.get(url).status_code == 403
+    with gateway.client(None) as nobody:
+        assert nobody.get(url).status_code == 401
+    assert client.get(url).status_code == 200
 
 
 def test_one_image_with_two_masks_that_differ_is_a_contradiction(client: httpx.Client) -> None:
