@@ -18,6 +18,7 @@ from models.data import fewshot
 from models.generators import GeneratorSpec, Kind, generation, shards, textual_inversion
 from models.methods import METHODS
 from models.methods.tint import CHUNK, SelectionParams, Verdict
+from models.stages import HeadParams
 from models.teachers import few_shot_head, labelling, questions
 from models.training import selection
 from tests import tiny_diffusion
@@ -202,7 +203,7 @@ def test_many_images_of_a_class_are_spread_over_shards() -> None:
     ]
 
 
-def test_the_teacher_labels_real_and_synthetic_images_with_a_head_of_the_real_ones(
+def test_the_teacher_labels_real_images_as_they_are_and_synthetic_ones_by_what_they_were_made_for_too(
     finished: tuple[Path, local.LocalRun],
 ) -> None:
     run = finished[1]
@@ -210,7 +211,11 @@ def test_the_teacher_labels_real_and_synthetic_images_with_a_head_of_the_real_on
     assert torch.bincount(image).tolist() == [2] * 12 + [1] * 3 * MADE
     head = few_shot_head.load(run.folder("soft_labels"))
     assert torch.allclose(head.centre, features[image < 12].mean(0), atol=1e-5)
-    assert torch.allclose(labelling.load(run.folder("soft_labels")).logits, head.logits(features))
+    logits = labelling.load(run.folder("soft_labels")).logits
+    assert torch.allclose(logits[image < 12], head.logits(features[image < 12]))
+    asked_for = shards.column(run.folders["synthetic"], "label")[image[image >= 12] - 12]
+    made = labelling.made_for(head, features[image >= 12], asked_for, HeadParams().intended)
+    assert torch.allclose(logits[image >= 12], made)
 
 
 def test_images_that_the_teacher_does_not_take_for_their_class_are_rejected() -> None:
