@@ -51,7 +51,9 @@ class LoadedStudent:
 
     def class_map(self, pixels: np.ndarray) -> np.ndarray:
         """uint8 [H, W], the index of each pixel's label, of a student that gives class maps. `pixels` as above."""
-        (classes,) = self.session.run(["classes"], {self.session.get_inputs()[0].name: pixels})
+        give_back = onnxruntime.RunOptions()  # a session would keep what the largest image's logits took
+        give_back.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+        (classes,) = self.session.run(["classes"], {self.session.get_inputs()[0].name: pixels}, give_back)
         found: np.ndarray = classes[0]
         return found
 

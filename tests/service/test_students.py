@@ -52,4 +52,5 @@ def test_another_tenants_student_is_not_found(
     assert client.get("/v1/students").json()["data"] == []
     for path in ("", "/model.onnx", "/bundle.zip", "/report"):
         assert client.get(f"/v1/students/{theirs}{path}").status_code == 404
-    assert client.post(f"/v1/students/{theirs}/predict", content=b"image").status_code == 404
+    for path in ("/predict", "/class-map"):
+        assert client.post(f"/v1/students/{theirs}{path}", content=b"image").status_code == 404
