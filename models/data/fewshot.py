@@ -50,7 +50,7 @@ def shape_of(support: Path | None, unlabelled: Path | None = None, test: Path | 
     index = archive.read_index(support / archive.FILE_NAME) if support else archive.ArchiveIndex((), ())
     classes = len(index.classes)
     if support and index.masked:
-        counts = masks.images_showing(masks.load(support), classes)
+        counts = masks.images_showing(masks.stream(support), classes)
     else:
         counts = torch.bincount(
             torch.tensor([image.label for image in index.images]).long(), minlength=classes

@@ -6,7 +6,7 @@ A mask has one value a pixel: the index of its class, or `archive.IGNORED` where
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -53,14 +53,23 @@ def encode(mask: Mask) -> bytes:
 
 
 def load(folder: Path) -> list[Mask]:
-    """The masks of a split in the order of its images, each uint8 [H, W] of its image's own size."""
+    """All that `stream` gives."""
+    return list(stream(folder))
+
+
+def stream(folder: Path) -> Iterator[Mask]:
+    """The masks of a split in the order of its images, each uint8 [H, W] of its image's own size, one by one.
+
+    Raises `DataError` where the images have none.
+    """
     path = folder / archive.FILE_NAME
     if not archive.read_index(path).masked:
         raise DataError("these images have no masks", "Upload images/ and masks/ with files of equal names.")
-    return [decode(content, f"the mask of {image.name}") for image, content in archive.masks(path)]
+    for image, content in archive.masks(path):
+        yield decode(content, f"the mask of {image.name}")
 
 
-def images_showing(masks: Sequence[Mask], classes: int) -> Tensor:
+def images_showing(masks: Iterable[Mask], classes: int) -> Tensor:
     """int64 [C]: in how many of the masks each class has a pixel."""
     shown = torch.zeros(classes, dtype=torch.long)
     for mask in masks:

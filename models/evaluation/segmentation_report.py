@@ -66,7 +66,7 @@ def document(
     assert facts.parameters is not None
     assert facts.bytes is not None
     student, teacher = segmentation.counts_of(judged.student), segmentation.counts_of(judged.teacher)
-    shown = masks.images_showing(masks.load(context.folder("support")), len(classes)).tolist()
+    shown = masks.images_showing(masks.stream(context.folder("support")), len(classes)).tolist()
     made: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "task": "segmentation",
@@ -132,15 +132,17 @@ def _on_test_split(context: StageContext, classes: int) -> Judged:
             context.folder("teacher_onnx") / teacher_graph.FILE_NAME,
         )
     ]
-    truths = masks.load(folder)
+    count = len(archive.read_index(folder / archive.FILE_NAME).images)
     found: tuple[list[Confusions], list[Confusions]] = ([], [])
     names = []
-    for number, (sample, truth) in enumerate(zip(samples.stream(folder), truths, strict=True), start=1):
+    for number, (sample, truth) in enumerate(
+        zip(samples.stream(folder), masks.stream(folder), strict=True), start=1
+    ):
         for session, confusions in zip(sessions, found, strict=True):
             answer = segmentation_graph.class_map(session, sample.pixels)
             confusions.append(segmentation.confusion(truth.numpy(), answer, classes))
         names.append(sample.name)
-        context.report(number, len(truths) + 1)
+        context.report(number, count + 1)
     return Judged("test", np.stack(found[0]), np.stack(found[1]), tuple(names), folds=1)
 
 
