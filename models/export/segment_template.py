@@ -66,6 +66,8 @@ def main() -> int:
     if arguments.check and (failed := check(session)):
         return failed
     labels = json.loads((HERE / "labels.json").read_text(encoding="utf-8"))
+    if arguments.out:
+        arguments.out.mkdir(parents=True, exist_ok=True)
     unreadable = 0
     for path in arguments.images:
         try:
