@@ -249,6 +249,7 @@ CROSS_VALIDATE = Stage(
     shards=folds,
     needed=lambda shape, params: shape.test == 0,
     weight=40.0,
+    version=2,
 )
 EXAMINE = Stage(
     "examine",

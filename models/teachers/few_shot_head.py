@@ -30,7 +30,7 @@ class FewShotHead:
     """logits = scale * (normalise(features - centre) @ weight + bias).
 
     `centre` [D], `weight` [D, C], `bias` [C]. `input_size` is the side of the images that the features were
-    made from; `classes` are the names in the order of the logits.
+    made from; `classes` are the names in the order of the logits. What follows is of `HeadParams`.
     """
 
     centre: Tensor
@@ -43,6 +43,7 @@ class FewShotHead:
     ridge_lambda: float
     rounds: int
     unlabelled_weight: float
+    intended: float = 0.0
 
     def logits(self, features: Features) -> Logits:
         """float32 [..., C] from features [..., D]."""
@@ -67,6 +68,7 @@ class FewShotHead:
             "ridge_lambda": self.ridge_lambda,
             "rounds": self.rounds,
             "unlabelled_weight": self.unlabelled_weight,
+            "intended": self.intended,
             "input_size": self.input_size,
             "classes": list(self.classes),
         }
@@ -146,6 +148,7 @@ def fit(
         ridge_lambda=params.ridge_lambda,
         rounds=params.rounds,
         unlabelled_weight=params.unlabelled_weight,
+        intended=params.intended,
     )
     return head.refit(features, labels, image, centre)
 

@@ -67,20 +67,20 @@ def label(context: StageContext, params: HeadParams) -> None:
     logits = head.logits(features)
     if not bool(real.all()):
         intended = shards.column(context.inputs["synthetic"], "label")[image[~real] - len(known)]
-        logits[~real] = made_for(head, features[~real], intended, params.intended)
+        logits[~real] = made_for(head, features[~real], intended)
     SoftLabels(logits, image, view).save(context.output)
     save_classes(context.output, classes)
     context.report(1, 1)
 
 
-def made_for(head: FewShotHead, features: Features, intended: Labels, evidence: float) -> Logits:
+def made_for(head: FewShotHead, features: Features, intended: Labels) -> Logits:
     """Logits [n, C] of synthetic images by their features [n, D], centred at their own mean.
 
-    `evidence` is added to the logit of the class that an image was made for, `intended` [n]; -1: for none.
+    `head.intended` is added to the logit of the class that an image was made for, `intended` [n]; -1: for none.
     """
     logits = replace(head, centre=features.mean(0)).logits(features)
     classes = torch.arange(logits.shape[1])
-    return logits + evidence * (intended[:, None] == classes)
+    return logits + head.intended * (intended[:, None] == classes)
 
 
 def centre_of(features: Features, image: Tensor, support: int) -> Tensor:

@@ -52,11 +52,15 @@ def cross_validate(context: StageContext, params: DistillationParams) -> None:
     seen, shown = learnt[real], learnt_image[real]
     centre = labelling.centre_of(seen, shown, int((learnt_labels >= 0).sum()))
     head = few_shot_head.load(context.folder("soft_labels")).refit(seen, learnt_labels[shown], shown, centre)
-    soft = labelling.SoftLabels(head.logits(learnt), learnt_image, view[kept_rows])
+    logits = head.logits(learnt)
     shown_pixels = pixels[kept_real]
     if bool(made.any()):
+        intended = shards.column(context.inputs["synthetic"], "label")[made]
+        intended = intended[learnt_image[~real] - len(shown_pixels)]
+        logits[~real] = labelling.made_for(head, learnt[~real], intended)
         synthetic = distillation.read_synthetic(context, made.nonzero()[:, 0], size)
         shown_pixels = torch.cat([shown_pixels, synthetic])
+    soft = labelling.SoftLabels(logits, learnt_image, view[kept_rows])
     data = distillation.training_set(shown_pixels, learnt_labels, soft, device)
     network = distillation.new_student(name, len(classes), size, context.seed, device)
     trained, _ = distillation.train(network, data, params, context.seed, context.report, context.checkpoints)

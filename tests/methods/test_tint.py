@@ -317,7 +317,7 @@ def test_one_image_of_a_class_is_enough_whatever_its_size_and_mode(
     assert (run.folder("bundle") / "bundle.zip").is_file()
 
 
-def test_a_fold_leaves_out_the_images_made_of_those_that_it_holds_back(
+def test_a_fold_labels_synthetic_images_as_the_job_does_and_leaves_out_those_made_of_what_it_holds_back(
     images: Path, spec: GeneratorSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from models.training import distillation
@@ -330,10 +330,22 @@ def test_a_fold_leaves_out_the_images_made_of_those_that_it_holds_back(
         shown.append(index)
         return read(context, index, size)
 
+    answers: list[torch.Tensor] = []
+    trained = distillation.training_set
+
+    def taught(pixels: torch.Tensor, labels: torch.Tensor, soft: Any, device: torch.device) -> Any:
+        made = soft.image >= int((labels >= 0).sum())
+        if bool(made.any()):
+            answers.append(soft.logits[made].argmax(1)[soft.image[made].argsort(stable=True)])
+        return trained(pixels, labels, soft, device)
+
     monkeypatch.setattr(distillation, "read_synthetic", watched)
+    monkeypatch.setattr(distillation, "training_set", taught)
     support = {"support": splits["support"]}
-    run = distil(support, spec, tmp_path / "out", "cross_validation")
-    first = shards.column(run.folders["synthetic"], "first")
+    run = distil(support, spec, tmp_path / "out", "cross_validation", head={"intended": 50.0})
+    first, label = (shards.column(run.folders["synthetic"], name) for name in ("first", "label"))
+    for index, answer in zip(shown, answers, strict=True):
+        assert torch.equal(answer, label[index])  # so much evidence outweighs what the teacher sees
     held = [
         load_file(folder / "predictions.safetensors")["index"] for folder in run.folders["cross_validation"]
     ]

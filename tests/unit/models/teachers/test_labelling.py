@@ -11,12 +11,18 @@ from models.teachers.few_shot_head import FewShotHead
 WIDTH, CLASSES = 16, 3
 
 
-def head() -> FewShotHead:
+def head(intended: float) -> FewShotHead:
     features = torch.randn(12, WIDTH, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(12) % CLASSES
     names = ("a", "b", "c")
     return few_shot_head.fit(
-        features, labels, torch.arange(12), features.mean(0), HeadParams(rounds=0), names, 32
+        features,
+        labels,
+        torch.arange(12),
+        features.mean(0),
+        HeadParams(rounds=0, intended=intended),
+        names,
+        32,
     )
 
 
@@ -27,13 +33,13 @@ def synthetic() -> torch.Tensor:
 def test_what_all_synthetic_images_have_in_common_tells_nothing() -> None:
     intended = torch.arange(9) % CLASSES
     features = synthetic()
-    moved = labelling.made_for(head(), features + 5 * torch.ones(WIDTH), intended, 3.0)
-    assert torch.allclose(moved, labelling.made_for(head(), features, intended, 3.0), atol=1e-4)
+    moved = labelling.made_for(head(3.0), features + 5 * torch.ones(WIDTH), intended)
+    assert torch.allclose(moved, labelling.made_for(head(3.0), features, intended), atol=1e-4)
 
 
 def test_evidence_is_added_to_the_class_that_an_image_was_made_for_and_to_no_other() -> None:
     intended = torch.tensor([0, 1, 2, 0, 1, 2, -1, -1, 0])
-    with_it, without = (labelling.made_for(head(), synthetic(), intended, each) for each in (3.0, 0.0))
+    with_it, without = (labelling.made_for(head(each), synthetic(), intended) for each in (3.0, 0.0))
     expected = torch.zeros(9, CLASSES)
     expected[torch.arange(9)[intended >= 0], intended[intended >= 0]] = 3.0
     assert torch.allclose(with_it - without, expected, atol=1e-5)
