@@ -178,11 +178,11 @@ class Made:
         if verdict == Verdict.UNSURE:
             told = "nothing" if given is None else f"{given[label]:.2f}"
             return False, (
-                f"The teacher gives its class a probability of {told}; "
+                f"Its class has a probability of {told} by the teacher's answer and what it was made for; "
                 f"{self.selection.least_probability:.2f} is needed."
             )
         if verdict == Verdict.SURPLUS:
-            return False, "Its class has enough images of which the teacher is surer."
+            return False, "Its class has enough images that are surer."
         return True, ""
 
     def _origins(self, kind: Kind, about: dict[str, Any]) -> list[OriginView]:

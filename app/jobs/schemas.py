@@ -170,7 +170,8 @@ class SampleView(Answer):
     )
     seed: int | None = Field(description="Of a diffusion model's image: the seed of its noise.")
     scores: list[SampleScore] = Field(
-        description="What the teacher says, the surest classes first; empty where it has not answered."
+        description="What the teacher says, the surest classes first, with the weight of the class that the image was "
+        "made for (`head.intended`), where it was for one; empty where it has not answered."
     )
     kept: bool | None = Field(description="Whether the student learns from it; null: not decided yet.")
     reason: str = Field(description="Why it is not kept; else empty.")
