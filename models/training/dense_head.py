@@ -20,6 +20,7 @@ from torch import Tensor
 from models import teachers
 from models.arrays import Mask, Pixels
 from models.data import fewshot, images, masks
+from models.data.archive import IGNORED
 from models.errors import DataError
 from models.evaluation import segmentation
 from models.methods.wecolora import TokenDistillationParams
@@ -75,7 +76,10 @@ class Shots:
 
 
 def fit(network: Teacher, shots: Shots, params: DenseHeadParams, seed: int) -> DenseHead:
-    """The head for a network's tokens of these images, and of their mirror images where `params.mirror`."""
+    """The head for a network's tokens of these images, and of their mirror images where `params.mirror`.
+
+    Raises `DataError` where no patch that is learnt from shows a known class.
+    """
     random = generator(seed, "patches")
     tokens, shares = [], []
     views = (False, True) if params.mirror else (False,)
@@ -92,7 +96,13 @@ def fit(network: Teacher, shots: Shots, params: DenseHeadParams, seed: int) -> D
             kept = torch.rand(len(wanted), generator=random) < share
             tokens.append(found.flatten(0, 1)[kept])
             shares.append(wanted[kept])
-    return DenseHead(*linear_probe.fit_shares(torch.cat(tokens), torch.cat(shares), params.penalty)).eval()
+    learnt = torch.cat(shares)
+    if not bool(learnt.any()):
+        raise DataError(
+            f"no pixel that is learnt from in {len(shots)} of the masks has a class",
+            f"Give more of their pixels another value than {IGNORED}, or raise dense_head.most_patches.",
+        )
+    return DenseHead(*linear_probe.fit_shares(torch.cat(tokens), learnt, params.penalty)).eval()
 
 
 @torch.inference_mode()

@@ -10,6 +10,7 @@ from torch.nn import functional
 from models import teachers
 from models.data import images, masks
 from models.data.archive import IGNORED
+from models.errors import DataError
 from models.methods.wecolora_segmentation import DenseHeadParams
 from models.runtime import generator
 from models.students import dense_vit
@@ -100,6 +101,16 @@ def test_no_more_patches_are_learnt_from_than_allowed(
     dense_head.fit(teacher, shots_of(4), DenseHeadParams(), seed=0)
     assert 60 < seen[0] < 140  # drawn, so about
     assert seen[1] == 4 * 2 * 64
+
+
+def test_masks_that_know_no_class_are_nothing_to_learn_from(teacher: Teacher) -> None:
+    shots = shots_of(2)
+    blank = Shots(shots.pixels, [torch.full_like(mask, IGNORED) for mask in shots.masks], CLASSES)
+    with pytest.raises(
+        DataError, match="no pixel that is learnt from in 2 of the masks has a class"
+    ) as caught:
+        dense_head.fit(teacher, blank, DenseHeadParams(), seed=0)
+    assert "255" in caught.value.hint
 
 
 def test_pixels_are_counted_by_class_and_answer(teacher: Teacher) -> None:
