@@ -129,7 +129,6 @@ def loss(
     arXiv:1705.02894).
     """
     encoded, decoded = network(images, noisy)
-    whole: Tensor
     error = images - decoded.float()
     edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
     with torch.no_grad():
@@ -140,7 +139,7 @@ def loss(
             for seen, real in zip(eye(decoded), wanted, strict=True)
         ]
     ).mean()
-    whole = (
+    whole: Tensor = (
         functional.mse_loss(encoded.float(), latents)
         + error.abs().mean()
         + _EDGES * edges

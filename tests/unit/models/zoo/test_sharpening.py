@@ -60,9 +60,12 @@ def test_the_decoders_loss_moves_the_discriminator_only_through_its_own_part() -
 
 def test_the_eye_sees_stages_of_falling_size_and_learns_nothing() -> None:
     images = torch.rand(2, 3, 32, 32, requires_grad=True)
-    features = Eye(torch.device("cpu"))(images)
+    eye = Eye(torch.device("cpu"))
+    features = eye(images)
     sides = [stage.shape[-1] for stage in features]
     assert len(features) == sharpening.STAGES
     assert sides == sorted(sides, reverse=True)
     features[-1].mean().backward()
     assert images.grad is not None
+    assert bool(images.grad.abs().sum() > 0)
+    assert all(value.grad is None for value in eye._teacher.network.parameters())
