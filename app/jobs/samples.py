@@ -178,7 +178,7 @@ class Made:
         if verdict == Verdict.UNSURE:
             told = "nothing" if given is None else f"{given[label]:.2f}"
             return False, (
-                f"Its class has a probability of {told} by the teacher's answer and what it was made for; "
+                f"By the teacher's answer and what it was made for, its class has a probability of {told}; "
                 f"{self.selection.least_probability:.2f} is needed."
             )
         if verdict == Verdict.SURPLUS:
