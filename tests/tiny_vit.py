@@ -23,17 +23,18 @@ ARGUMENTS = {
 }
 
 
-def write(folder: Path) -> TeacherSpec:
+def write(folder: Path, depth: int = DEPTH) -> TeacherSpec:
     """A checkpoint as timm writes it; returns the teacher that it is. Its blocks really change the tokens."""
     torch.manual_seed(0)
-    network = timm.create_model("vit_tiny_patch16_224", num_classes=5, **ARGUMENTS)
+    arguments = {**ARGUMENTS, "depth": depth}
+    network = timm.create_model("vit_tiny_patch16_224", num_classes=5, **arguments)
     for name, value in network.named_parameters():
         if name.startswith("blocks") and value.dim() == 2:
             value.data.mul_(4)  # initial weights are so small that a block hardly does anything
     folder.mkdir(parents=True, exist_ok=True)
     save_file(network.state_dict(), folder / "model.safetensors")
     config = {"mean": list(MEAN), "std": list(STD)}
-    document = {"architecture": "vit_tiny_patch16_224", "model_args": ARGUMENTS, "pretrained_cfg": config}
+    document = {"architecture": "vit_tiny_patch16_224", "model_args": arguments, "pretrained_cfg": config}
     (folder / "config.json").write_text(json.dumps(document))
     return TeacherSpec(
         name="tiny_vit",

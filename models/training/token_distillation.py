@@ -74,6 +74,11 @@ def _fast_enough(
     was measured. Raises `TrainingError` where none does.
     """
     depth = len(vit_families.blocks_of(teacher.network))
+    if not choices:
+        raise TrainingError(
+            f"the teacher has {depth} block: none can be left out for a latency",
+            "Leave blocks.most_latency out, or choose a deeper teacher.",
+        )
     timer = DepthTimer(teacher)
     for done, r in enumerate(choices):
         report(done, len(choices))

@@ -293,6 +293,15 @@ def test_what_cannot_be_done_is_said_clearly(
         distil(splits_of(run, "support"), spec, out, "backbone", **changes)
 
 
+def test_of_a_teacher_of_one_block_nothing_can_be_left_out(
+    finished: tuple[Path, local.LocalRun], tmp_path: Path
+) -> None:
+    spec = tiny_vit.write(tmp_path / "teacher", depth=1)
+    splits = splits_of(finished[1], "support")
+    with pytest.raises(TrainingError, match="the teacher has 1 block: none can be left out for a latency"):
+        distil(splits, spec, tmp_path, "shortened", blocks={"most_latency": 0.5})
+
+
 @pytest.mark.parametrize("most", [0.95, 0.5])
 def test_r_follows_from_a_latency_budget(
     finished: tuple[Path, local.LocalRun], spec: TeacherSpec, tmp_path: Path, most: float
