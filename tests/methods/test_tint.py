@@ -18,7 +18,6 @@ from models.data import fewshot
 from models.generators import GeneratorSpec, Kind, generation, shards, textual_inversion
 from models.methods import METHODS
 from models.methods.tint import CHUNK, SelectionParams, Verdict
-from models.stages import HeadParams
 from models.teachers import few_shot_head, labelling, questions
 from models.training import selection
 from tests import tiny_diffusion
@@ -214,7 +213,7 @@ def test_the_teacher_labels_real_images_as_they_are_and_synthetic_ones_by_what_t
     logits = labelling.load(run.folder("soft_labels")).logits
     assert torch.allclose(logits[image < 12], head.logits(features[image < 12]))
     asked_for = shards.column(run.folders["synthetic"], "label")[image[image >= 12] - 12]
-    made = labelling.made_for(head, features[image >= 12], asked_for, HeadParams().intended)
+    made = labelling.made_for(head, features[image >= 12], asked_for)
     assert torch.allclose(logits[image >= 12], made)
 
 

@@ -97,7 +97,7 @@ def test_a_feature_extractor_is_made_of_images_without_labels(stack: Stack) -> N
     assert (student["classes"], student["summary"]["task"]) == ([], "features")
     assert student["summary"]["evaluated_by"] == "learned_from"
     refused = stack.http.post(f"/v1/students/{job['student_id']}/predict", content=b"any")
-    assert (refused.status_code, refused.json()["code"]) == (409, "student_gives_no_scores")
+    assert (refused.status_code, refused.json()["code"]) == (409, "student_answers_otherwise")
     with bundle_of(stack, job) as bundle:
         session = onnxruntime.InferenceSession(bundle.read("model.onnx"))
         expected = json.loads(bundle.read("golden.json"))["images"][0]
