@@ -108,15 +108,7 @@ def export_teacher(context: StageContext) -> None:
     teacher = teachers.load(spec, "cpu", student.backbone.input_size)
     network = DenseNetwork(teacher.network.to(memory_format=torch.contiguous_format), student.teacher_head)
     content = build(network, teacher.input_size, teacher.mean, teacher.std, {})
-    (context.output / teacher_graph.FILE_NAME).write_bytes(content)
-    document = {
-        "name": spec.name,
-        "parameters": onnx_graph.parameter_count(network),
-        "bytes": len(content),
-        "input_size": teacher.input_size,
-    }
-    onnx_graph.write_json(context.output / teacher_graph.DOCUMENT_NAME, document)
-    context.report(1, 1)
+    teacher_graph.write(context, spec.name, content, network, teacher.input_size)
 
 
 def build(

@@ -5,9 +5,8 @@ It is never shipped: backbone and few-shot head in one graph, pixels in, class p
 
 from __future__ import annotations
 
-import json
-
 import torch
+from torch import nn
 
 from models import teachers
 from models.export import onnx_graph
@@ -27,12 +26,17 @@ def run(context: StageContext, params: None) -> None:
     network = HeadedNetwork.of(teacher.network.to(memory_format=torch.contiguous_format), head)
     graph = onnx_graph.build(network, teacher.input_size, teacher.mean, teacher.std)
     content = onnx_graph.to_bytes(graph)
+    write(context, spec.name, content, network, teacher.input_size)
+
+
+def write(context: StageContext, name: str, content: bytes, network: nn.Module, input_size: int) -> None:
+    """A teacher's graph, whatever it gives, and what is known of it: its artefact is the same for every task."""
     (context.output / FILE_NAME).write_bytes(content)
     document = {
-        "name": spec.name,
+        "name": name,
         "parameters": onnx_graph.parameter_count(network),
         "bytes": len(content),
-        "input_size": teacher.input_size,
+        "input_size": input_size,
     }
-    (context.output / DOCUMENT_NAME).write_text(json.dumps(document, indent=1) + "\n")
+    onnx_graph.write_json(context.output / DOCUMENT_NAME, document)
     context.report(1, 1)
