@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -53,7 +54,7 @@ def write(
         return
     RESULTS.mkdir(exist_ok=True)
     document = {
-        "command": f"python -m benchmarks.{Path(sys.argv[0]).stem} " + " ".join(sys.argv[1:]),
+        "command": _command(Path(sys.argv[0]).stem, sys.argv[1:]),
         "commit": _commit(),
         "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "system": platform.platform(terse=True)},
         "versions": {
@@ -83,6 +84,15 @@ def _table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
 
 def _cell(value: Any) -> str:
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _command(benchmark: str, arguments: Sequence[str]) -> str:
+    """What to type for the same run, without the folders of this machine, which change no figure."""
+    folders = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    folders.add_argument("--data")
+    folders.add_argument("--work")
+    _, others = folders.parse_known_args(arguments)
+    return " ".join([f"python -m benchmarks.{benchmark}", *others])
 
 
 def _commit() -> str:

@@ -5,10 +5,10 @@
 Every row of a draw has the same unlabelled training images, the same number of steps and views, and is judged by the
 same linear probe: 5,000 labelled training images, all of `test/`. The embedded ViT has learnt from all training images
 before; no student sees more of them than its row says. The rows of the paper share one recipe (its optimiser, one
-learning rate), as they do there; what another recipe gives is in rows of its own. Then, in one run each: the time that
-students and teacher take for an image in ONNX Runtime, turn by turn, and the training with kept teacher tokens beside a
-plain loop that asks the teacher at every step. What is under `--work` from an earlier run is not done again, so a
-stopped run goes on.
+learning rate), as they do there; what another recipe gives is in rows of its own. Students train in bfloat16 on a CPU
+that has it and are judged in float32. Then, in one run each: the time that students and teacher take for an image in
+ONNX Runtime, turn by turn, and the training with kept teacher tokens beside a plain loop that asks the teacher at every
+step. What is under `--work` from an earlier run is not done again, so a stopped run goes on.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from models.evaluation import depth_latency, latency
 from models.methods import METHODS
 from models.methods.wecolora import TokenDistillationParams
 from models.pipeline import Params
-from models.runtime import generator, resolve_device, use_threads
+from models.runtime import generator, resolve_device, use_bfloat16_on_cpu, use_threads
 from models.students import SHORTENED_VIT, block_selection, shortened_vit, vit_families
 from models.students.shortened_vit import Shortening, TokenTap
 from models.teachers import TEACHERS, TeacherSpec
@@ -134,6 +134,7 @@ def parameters(row: str, r: int, steps: int, quick: bool) -> Params:
 def measure(task: Task) -> list[dict[str, Any]]:
     """All rows of one draw, one after the other."""
     use_threads(task.threads)
+    use_bfloat16_on_cpu()
     found = []
     for name in task.rows:
         run = local.run(

@@ -143,7 +143,7 @@ def cross_validate(context: StageContext, params: TokenDistillationParams) -> No
         )
     held = folds(len(shots), context.shards, context.seed) == context.shard
     learnt, judged = shots.at((~held).nonzero()[:, 0]), shots.at(held.nonzero()[:, 0])
-    pixels = learnt.pixels
+    pixels = torch.cat([learnt.pixels, token_distillation.read_synthetic(context, teacher.input_size)])
     if "unlabelled" in context.inputs:
         pixels = torch.cat([pixels, fewshot.load(context.folder("unlabelled"), teacher.input_size).pixels])
     shortening = Shortening.load(context.folder("shortened"))

@@ -256,8 +256,8 @@ class TeacherTokens:
     def _ask(self, seen: Images) -> Tensor:
         self.asked += len(seen)
         with TokenTap(self.teacher.network, self.blocks) as tap, autocast(seen.device):
-            parts = [torch.stack(tap(part), 1).half() for part in torch.split(seen, _AT_ONCE)]
-        return torch.cat(parts)
+            parts = [torch.stack(tap(part), 1) for part in torch.split(seen, _AT_ONCE)]
+            return torch.cat(parts).half()
 
     def _keep(self, rows: Tensor, fresh: Tensor) -> Tensor:
         """Keep what there is room for; returns all that is kept."""

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch.nn import functional
 
-from models import teachers
+from models import runtime, teachers
 from models.data import augment, images
 from models.local import FolderCheckpoints
 from models.methods.wecolora import TokenDistillationParams
@@ -56,6 +56,21 @@ def test_a_view_is_shown_to_the_teacher_once_where_its_tokens_fit(teacher: Teach
         found = tokens(torch.tensor(rows), seen[rows]).float()
         torch.testing.assert_close(found, expected[rows], rtol=2e-3, atol=2e-3)
     assert tokens.asked == (5 if memory_mib else 11)  # row 3 comes twice in the batch in which it is new
+
+
+@pytest.mark.parametrize("views", [0, 2])
+def test_training_in_bfloat16_comes_near_to_that_in_float32(
+    teacher: Teacher, views: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = []
+    for bfloat16 in (False, True):
+        monkeypatch.setattr(runtime, "_bfloat16_on_cpu", bfloat16)
+        _, history = token_distillation.train(
+            teacher, SHORTENING, PIXELS, params(views=views), 0, quiet, NoCheckpoints()
+        )
+        losses.append(history[-1]["loss"])
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=0.03)
 
 
 def test_new_crops_are_never_kept(teacher: Teacher) -> None:
