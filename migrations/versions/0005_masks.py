@@ -23,6 +23,14 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
+    held = op.get_bind().scalar(sa.text(
+        "SELECT count(*) FROM datasets WHERE task = 'segmentation' AND deleted_at IS NULL"
+    ))
+    if held:
+        raise RuntimeError(
+            f'{held} data sets have masks, which revision 0004 would forget. Delete them first '
+            '(DELETE /v1/datasets/ID), or keep this revision.'
+        )
     # Not in a batch: SQLite would make the tables anew, and what refers to their rows would be deleted with them.
     op.drop_column('dataset_images', 'mask')
     op.drop_column('datasets', 'task')

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import sqlalchemy as sa
 from alembic import command
 from alembic.autogenerate import compare_metadata
@@ -30,10 +33,7 @@ def test_a_forgotten_column_would_be_seen(database: Database) -> None:
 
 
 def test_the_migrations_can_be_taken_back(database: Database) -> None:
-    with database.engine.begin() as connection:
-        config = migrate._config()
-        config.attributes["connection"] = connection
-        command.downgrade(config, "base")
+    take_back(database, "base")
     with database.engine.connect() as connection:
         assert set(sa.inspect(connection).get_table_names()) == {"alembic_version"}
     assert migrate.to_head(database)
@@ -42,34 +42,51 @@ def test_the_migrations_can_be_taken_back(database: Database) -> None:
 def test_taking_a_column_back_loses_no_row(database: Database) -> None:
     """SQLite deletes what refers to a table's rows when it makes the table anew without the column."""
     with database.writing() as session:
-        session.add(
-            Dataset(
-                id="ds_1",
-                tenant="t",
-                name="n",
-                digest="d",
-                classes=[],
-                splits={},
-                smallest_class=0,
-                report={},
-            )
-        )
+        session.add(data_set())
         session.flush()
         session.add(
             DatasetImage(
                 id="img_1", dataset_id="ds_1", split="support", file="0.png", name="0.png", width=1, height=1
             )
         )
-    with database.engine.begin() as connection:
-        config = migrate._config()
-        config.attributes["connection"] = connection
-        command.downgrade(config, "0004")
+    take_back(database, "0004")
     with database.engine.connect() as connection:
         rows = [
             connection.scalar(sa.text(f"SELECT count(*) FROM {table}"))
             for table in ("datasets", "dataset_images")
         ]
     assert rows == [1, 1]
+
+
+def test_masks_are_not_forgotten_by_taking_their_column_back(database: Database) -> None:
+    with database.writing() as session:
+        session.add(data_set(task="segmentation"))
+    with pytest.raises(RuntimeError, match="1 data sets have masks"):
+        take_back(database, "0004")
+    with database.writing() as session:
+        session.execute(sa.update(Dataset).values(deleted_at=1.0))
+    take_back(database, "0004")
+
+
+def data_set(**changes: Any) -> Dataset:
+    return Dataset(
+        id="ds_1",
+        tenant="t",
+        name="n",
+        digest="d",
+        classes=[],
+        splits={},
+        smallest_class=0,
+        report={},
+        **changes,
+    )
+
+
+def take_back(database: Database, revision: str) -> None:
+    with database.engine.begin() as connection:
+        config = migrate._config()
+        config.attributes["connection"] = connection
+        command.downgrade(config, revision)
 
 
 def test_there_is_one_newest_revision() -> None:
