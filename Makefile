@@ -8,7 +8,7 @@ STAMP  := $(VENV)/.installed
 KSERVE := .venv-mlserver
 KSERVE_STAMP := $(KSERVE)/.installed
 # Benchmarks that `make bench` runs; each takes --quick.
-BENCHMARKS ?= $(filter-out record,$(notdir $(basename $(wildcard benchmarks/*.py))))
+BENCHMARKS ?= $(filter-out command record,$(notdir $(basename $(wildcard benchmarks/*.py))))
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo up test test-slow lint format bench clean

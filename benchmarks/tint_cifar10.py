@@ -11,18 +11,15 @@ training images a class. What is under `--work` from an earlier run is not done 
 
 from __future__ import annotations
 
-import argparse
-import multiprocessing
 import statistics
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import record
+from benchmarks import command, record
 from benchmarks.kd_cifar10 import (
     STUDENT,
     TEACHER,
@@ -224,29 +221,16 @@ def maker(folder: Path | None) -> GeneratorSpec:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--data", type=Path, default=Path("../shared/data"), help="folder with cifar10.tar.xz"
-    )
-    parser.add_argument(
-        "--work", type=Path, default=Path(".dram/benchmarks/tint_cifar10"), help="kept between runs"
-    )
+    parser = command.parser(__doc__, NAME)
+    command.add_data(parser)
+    command.add_draws(parser)
     parser.add_argument("--generator", type=Path, help="a checkpoint of 32 px; the embedded one if not given")
     parser.add_argument("--preset", default="balanced", choices=["draft", "balanced", "best"])
-    parser.add_argument("--draws", type=int, default=3, help="draws of the labelled images; seeds 0, 1, ...")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--processes", type=int, default=2, help="draws at the same time")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads of each process")
-    parser.add_argument(
-        "--quick", action="store_true", help="one draw, few images and steps; writes no result"
-    )
     parser.add_argument("--settings", type=int, default=len(SETTINGS), help="how many of the settings to run")
     parser.add_argument("--rows", type=int, default=len(ROWS), help="how many of the rows to run, 4 or more")
     args = parser.parse_args()
-    if not (args.data / "cifar10.tar.xz").is_file():
-        print(f"skipped: {args.data} has no cifar10.tar.xz; name its folder with --data")
+    if not command.has_data(args):
         return
     state = generators.availability(maker(args.generator))
     if not state.available:
@@ -276,9 +260,7 @@ def main() -> None:
                     args.threads,
                 )
             )
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(args.processes, mp_context=context) as pool:
-        rows = [found for some in pool.map(measure, tasks) for found in some]
+    rows = [found for some in command.at_once(measure, tasks, args.processes) for found in some]
     means, checks = summary(rows, len(files.test) - MAIN.ways * MAIN.shots)
     record.write(NAME, rows=[*rows, *means], checks=checks, seeds=seeds, quick=args.quick)
 

@@ -11,7 +11,6 @@ in fewer, larger steps, which may stop early. Classes and images are CIFAR-10's 
 
 from __future__ import annotations
 
-import argparse
 import copy
 import statistics
 import time
@@ -26,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from benchmarks import record
+from benchmarks import command, record
 from benchmarks.kd_cifar10 import interval, unpacked
 from models import generators
 from models.arrays import Images
@@ -352,12 +351,9 @@ def _silent(step: int, total: int, **metrics: float) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command.parser(__doc__, NAME)
+    command.add_data(parser)
     parser.add_argument("--checkpoint", type=Path, help="folder in diffusers' layout; else the embedded one")
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="has cifar10.tar.xz")
-    parser.add_argument("--work", type=Path, default=Path(".dram/benchmarks/tint_inversion"))
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--seeds", type=int, default=3)
@@ -368,7 +364,6 @@ def main() -> None:
         "--stable-diffusion-size", action="store_true", help="random weights, CUDA; times only"
     )
     parser.add_argument("--compiled", action="store_true", help="compile the UNet's attention blocks")
-    parser.add_argument("--quick", action="store_true", help="one class, a few steps; writes no result")
     args = parser.parse_args()
     use_threads(args.threads)
     device = resolve_device(args.device)
@@ -397,8 +392,7 @@ def main() -> None:
     if not (folder / "model_index.json").is_file():
         print(f"skipped: there is no checkpoint at {folder}; name one with --checkpoint")
         return
-    if not (args.data / "cifar10.tar.xz").is_file():
-        print(f"skipped: {args.data} has no cifar10.tar.xz; name its folder with --data")
+    if not command.has_data(args):
         return
     model = diffusion.load(folder, device, compiled=args.compiled)
     files = unpacked(args.data, args.work)

@@ -13,22 +13,19 @@ step. What is under `--work` from an earlier run is not done again, so a stopped
 
 from __future__ import annotations
 
-import argparse
 import copy
 import functools
 import json
-import multiprocessing
 import statistics
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import record
+from benchmarks import command, record
 from benchmarks.kd_cifar10 import Files, interval, unpacked
 from models import local, teachers
 from models.arrays import Features, Pixels
@@ -320,32 +317,19 @@ def spec_of(folder: Path | None) -> TeacherSpec:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--data", type=Path, default=Path("../shared/data"), help="folder with cifar10.tar.xz"
-    )
-    parser.add_argument(
-        "--work", type=Path, default=Path(".dram/benchmarks/wecolora_cifar10"), help="kept between runs"
-    )
+    parser = command.parser(__doc__, NAME)
+    command.add_data(parser)
+    command.add_draws(parser)
     parser.add_argument(
         "--teacher", type=Path, help="folder of a timm ViT for 32 pixels; the embedded one if not given"
     )
-    parser.add_argument("--draws", type=int, default=3, help="draws of images and weights")
     parser.add_argument("--first-draw", type=int, default=0, help="seed of the first draw, the next follow")
     parser.add_argument("--steps", type=int, default=500, help="updates of every student, of 64 views each")
     parser.add_argument("--settings", type=int, default=len(SETTINGS), help="how many of the settings to run")
     parser.add_argument("--rows", type=int, default=len(ROWS), help="how many of the rows to run, 3 or more")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--processes", type=int, default=2, help="draws at the same time")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads of each process")
-    parser.add_argument(
-        "--quick", action="store_true", help="one draw of one setting, few steps; writes no result"
-    )
     args = parser.parse_args()
-    if not (args.data / "cifar10.tar.xz").is_file():
-        print(f"skipped: {args.data} has no cifar10.tar.xz; name its folder with --data")
+    if not command.has_data(args):
         return
     spec = spec_of(args.teacher)
     state = teachers.availability(spec)
@@ -385,9 +369,7 @@ def main() -> None:
     on_device = teachers.load(spec, str(resolve_device(args.device)))
     low, high = interval([accuracy := probe_accuracy(on_device, probe)], tested)
     rows: list[dict[str, Any]] = [{"row": "teacher", "accuracy": accuracy, "low": low, "high": high}]
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(args.processes, mp_context=context) as pool:
-        students = [found for some in pool.map(measure, tasks) for found in some]
+    students = [found for some in command.at_once(measure, tasks, args.processes) for found in some]
     means, ahead = summary(students, tested)
     record.write(
         NAME, rows=[*rows, *students, *means, *timed], checks=[*ahead, *checks], seeds=seeds, quick=args.quick

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import record
+from benchmarks import command, record
 from benchmarks.kd_cifar10 import interval
 from benchmarks.wecolora_cifar10 import spec_of
 from models import local, teachers
@@ -116,13 +116,8 @@ def summary(rows: Sequence[dict[str, Any]], tested: int) -> tuple[list[dict[str,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command.parser(__doc__, NAME)
     parser.add_argument("--images", type=Path, help="folder with images/, masks/, test/ and unlabelled/")
-    parser.add_argument(
-        "--work", type=Path, default=Path(f".dram/benchmarks/{NAME}"), help="kept between runs"
-    )
     parser.add_argument("--teacher", type=Path, help="folder of a timm ViT; the embedded one if not given")
     parser.add_argument("--draws", type=int, default=3, help="draws of labelled images")
     parser.add_argument("--shots", type=int, default=8, help="labelled images of a draw")
@@ -130,7 +125,6 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=64, help="side of the student's images")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--quick", action="store_true", help="one draw, few steps; writes no result")
     args = parser.parse_args()
     if args.images is None or not masked_folder.is_one(args.images):
         print("skipped: name a folder of images with masks by --images; examples/make_masks.py makes one")
