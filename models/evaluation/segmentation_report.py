@@ -77,6 +77,7 @@ def document(
             "test": context.shape.test,
             "shots": dict(zip(classes, shown, strict=True)),
         },
+        **report.generated(context),
         "evaluation": _how(judged),
         "student": {
             "name": students.read_name(context.folder("student")),

@@ -1,7 +1,8 @@
 """WeCoLoRA for segmentation: the shorter vision transformer says of each pixel what it shows. Declares only.
 
-Blocks are left out and tokens distilled as in `wecolora`; then a linear layer on the tokens of the patches is fitted to
-a few images with masks, for the student and, to compare, for the teacher.
+Blocks are left out and tokens distilled as in `wecolora`, where asked also on images that a generator makes of the
+classes' names; then a linear layer on the tokens of the patches is fitted to a few images with masks, for the student
+and, to compare, for the teacher. Images that are made have no masks, so that the layer learns nothing from them.
 
 Source: Grigore et al., arXiv:2404.09326. They put a TransUNet decoder on the student and train it on many masks; of a
 few only a linear layer can be fitted, as in Oquab et al. (DINOv2), arXiv:2304.07193, section 7.4.
@@ -20,7 +21,7 @@ from pydantic import Field
 
 from models import stages
 from models.methods import wecolora
-from models.methods.wecolora import BlocksParams, TokenDistillationParams
+from models.methods.wecolora import BlocksParams, GenerationParams, TokenDistillationParams
 from models.pipeline import JobShape, Method, Params, Stage, StageContext, TeacherOutput
 from models.students import SHORTENED_VIT
 
@@ -46,6 +47,9 @@ class DenseHeadParams(Params):
 class WecoloraSegmentationParams(Params):
     blocks: BlocksParams = Field(
         BlocksParams(), description="Which of the teacher's blocks the student keeps."
+    )
+    generation: GenerationParams = Field(
+        GenerationParams(), description="Images that are made to learn tokens from, besides the given ones."
     )
     distillation: TokenDistillationParams = Field(
         TokenDistillationParams(), description="How the student is trained."
@@ -104,10 +108,12 @@ METHOD = Method(
     needs=frozenset({TeacherOutput.TOKENS}),
     params=WecoloraSegmentationParams,
     student=SHORTENED_VIT,
+    draws=lambda params: params.generation.images > 0,
     task="segmentation",
     stages=(
         wecolora.SHORTEN,
-        wecolora.DISTILL_TOKENS,
+        wecolora.DRAW,
+        wecolora.DISTILL_TOKENS.given("synthetic"),
         Stage(
             "fit_heads",
             fit_heads,
@@ -121,7 +127,7 @@ METHOD = Method(
             cross_validate,
             output="cross_validation",
             inputs=("support", "teacher", "shortened", "trained_student"),
-            optional=("unlabelled",),
+            optional=("unlabelled", "synthetic"),
             params="distillation",
             shards=folds,
             needed=lambda shape, params: shape.test == 0,
@@ -150,7 +156,7 @@ METHOD = Method(
             evaluate,
             output="report",
             inputs=("student_onnx", "trained_student", "teacher", "teacher_onnx", "student", "support"),
-            optional=("unlabelled", "test", "cross_validation"),
+            optional=("unlabelled", "test", "cross_validation", "generator", "synthetic"),
             params="evaluation",
             queue="cpu",
             seeded=False,

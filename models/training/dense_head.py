@@ -143,12 +143,13 @@ def cross_validate(context: StageContext, params: TokenDistillationParams) -> No
         )
     held = folds(len(shots), context.shards, context.seed) == context.shard
     learnt, judged = shots.at((~held).nonzero()[:, 0]), shots.at(held.nonzero()[:, 0])
-    pixels = torch.cat([learnt.pixels, token_distillation.read_synthetic(context, teacher.input_size)])
+    given = [learnt.pixels]
     if "unlabelled" in context.inputs:
-        pixels = torch.cat([pixels, fewshot.load(context.folder("unlabelled"), teacher.input_size).pixels])
+        given.append(fewshot.load(context.folder("unlabelled"), teacher.input_size).pixels)
+    given.append(token_distillation.read_synthetic(context, teacher.input_size))
     shortening = Shortening.load(context.folder("shortened"))
     network, _ = token_distillation.train(
-        teacher, shortening, pixels, params, context.seed, context.report, context.checkpoints
+        teacher, shortening, torch.cat(given), params, context.seed, context.report, context.checkpoints
     )
     student = Backbone.of(teacher, network, shortening).as_teacher(resolve_device(context.device))
     found = {

@@ -244,7 +244,7 @@ def test_it_learns_from_images_that_a_generator_makes_of_the_classes_names(
 
 
 def test_without_generated_images_a_job_reads_no_generator() -> None:
-    for name in ("wecolora", "wecolora_features"):
+    for name in ("wecolora", "wecolora_features", "wecolora_segmentation"):
         assert not METHODS[name].draws(METHODS[name].resolve("best", {}))
 
 

@@ -10,21 +10,26 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from models import local
-from models.data import fewshot
+from models.data import class_names, fewshot
 from models.errors import DataError
+from models.generators import GeneratorSpec
 from models.methods import METHODS
 from models.students import SHORTENED_VIT
 from models.teachers import TeacherSpec
-from tests import rendered_masks, tiny_vit
+from models.training import token_distillation
+from tests import rendered_masks, tiny_diffusion, tiny_vit
 
 METHOD = METHODS["wecolora_segmentation"]
 QUICK: dict[str, dict[str, Any]] = {
     "distillation": {"steps": 30, "batch_size": 8, "views": 3, "lr": 3e-3, "input_size": 64},
     "evaluation": {"latency_runs": 5},
 }
+GENERATION = {"images": 5, "steps": 2}
 
 
 @pytest.fixture(scope="module")
@@ -33,22 +38,39 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> TeacherSpec:
 
 
 @pytest.fixture(scope="module")
+def generator(tmp_path_factory: pytest.TempPathFactory) -> GeneratorSpec:
+    source = tiny_diffusion.write(tmp_path_factory.mktemp("generator"))
+    return GeneratorSpec(
+        name="tiny", title="Random weights", kind="local", source=str(source),
+        resolution=tiny_diffusion.SIDE, licence="Apache-2.0", licence_url="https://example.org/licence",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return rendered_masks.write(tmp_path_factory.mktemp("images"))
 
 
 def made(
-    source: Path | dict[str, Path], spec: TeacherSpec, out: Path, *wanted: str, **more: Any
+    source: Path | dict[str, Path],
+    spec: TeacherSpec,
+    out: Path,
+    *wanted: str,
+    generator: GeneratorSpec | str = "",
+    **more: Any,
 ) -> local.LocalRun:
     params = METHOD.resolve("balanced", {**QUICK, **more})
     return local.run(
-        METHOD, source, spec, SHORTENED_VIT, out, params=params, device="cpu", wanted=wanted or None
-    )
+        METHOD, source, spec, SHORTENED_VIT, out, params=params, device="cpu", wanted=wanted or None,
+        generator=generator,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def finished(folder: Path, spec: TeacherSpec, tmp_path_factory: pytest.TempPathFactory) -> local.LocalRun:
-    return made(folder, spec, tmp_path_factory.mktemp("out"))
+def finished(
+    folder: Path, spec: TeacherSpec, generator: GeneratorSpec, tmp_path_factory: pytest.TempPathFactory
+) -> local.LocalRun:
+    return made(folder, spec, tmp_path_factory.mktemp("out"), generator=generator, generation=GENERATION)
 
 
 def intersection_over_union(truths: list[np.ndarray], answers: list[np.ndarray]) -> list[float]:
@@ -111,19 +133,22 @@ def test_the_bundle_has_what_a_classifier_s_has(finished: local.LocalRun) -> Non
 
 
 def test_blocks_and_tokens_are_those_of_wecolora(
-    finished: local.LocalRun, folder: Path, spec: TeacherSpec
+    finished: local.LocalRun, spec: TeacherSpec, generator: GeneratorSpec
 ) -> None:
     """So that both methods share what they have in common."""
     keys = {step.stage.name: step.key for step in finished.planned}
     method = METHODS["wecolora"]
-    params = method.resolve("balanced", {"distillation": QUICK["distillation"]})
+    params = method.resolve("balanced", {"distillation": QUICK["distillation"], "generation": GENERATION})
+    documents = {
+        name: each.model_dump(mode="json") for name, each in (("teacher", spec), ("generator", generator))
+    }
     sources = local.source_digests(
         {name: finished.folder(name) for name in ("support", "unlabelled", "test")},
-        {"teacher": spec.model_dump(mode="json"), "student": {"name": SHORTENED_VIT}},
+        {**documents, "student": {"name": SHORTENED_VIT}},
     )
     other = method.plan(fewshot.shape_of(finished.folder("support")), sources, params, seed=0)
     shared = {step.stage.name for step in other if keys.get(step.stage.name) == step.key}
-    assert shared == {"shorten", "distill_tokens"}
+    assert shared == {"shorten", "draw", "distill_tokens"}
 
 
 def test_without_test_masks_it_is_cross_validated(
@@ -138,6 +163,36 @@ def test_without_test_masks_it_is_cross_validated(
     assert [image["miou"] for image in report["worst_images"]] == sorted(
         image["miou"] for image in report["worst_images"]
     )
+
+
+def test_tokens_are_learnt_of_images_that_a_generator_makes_of_the_masks_classes_too(
+    spec: TeacherSpec, generator: GeneratorSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also by the students of a cross-validation. A name that the generator's tokenizer does not know is no label."""
+    root = rendered_masks.write(tmp_path / "images", support=4, test=0, unlabelled=2)
+    (root / class_names.FILE_NAME).write_text("ground\nred\nblue\n")
+    learnt_from: list[int] = []
+    train = token_distillation.train
+
+    def counting(teacher: Any, shortening: Any, pixels: torch.Tensor, *rest: Any) -> Any:
+        learnt_from.append(len(pixels))
+        return train(teacher, shortening, pixels, *rest)
+
+    monkeypatch.setattr(token_distillation, "train", counting)
+    few = {"steps": 2, "batch_size": 4, "views": 1}
+    run = made(
+        root, spec, tmp_path / "out", "cross_validation", generator=generator, generation=GENERATION,
+        distillation=few,
+    )  # fmt: skip
+    assert load_file(run.folder("synthetic") / "images.safetensors")["label"].tolist() == [-1, 1, 2, -1, 1]
+    assert learnt_from == [4 + 2 + 5, *[3 + 2 + 5] * 4]
+
+
+def test_the_report_and_the_card_name_the_generator(finished: local.LocalRun) -> None:
+    report = json.loads((finished.folder("report") / "report.json").read_text())
+    assert (report["generator"]["images"], report["generator"]["kept"]) == (5, 5)
+    card = (finished.folder("bundle") / "MODEL_CARD.md").read_text()
+    assert "5 images that Random weights, a generator, made of the names of the classes" in card
 
 
 def test_masks_and_methods_that_do_not_go_together_are_refused(
