@@ -273,9 +273,19 @@ def predict(
     home: HomeFolder = HERE,
     as_json: AsJson = False,
 ) -> None:
-    """Ask a student about an image."""
+    """Ask a student about an image. Of one that gives class maps: write IMAGE.classes.png beside the image."""
+    content = image.read_bytes()
     with service(url, key, Home(home)) as dram:
-        seen = dram.students.predict(_student(dram, source), image, precision=precision, top=top)
+        student = dram.students.get(_student(dram, source))
+        if student.summary.get("task") == "segmentation":
+            target = image.with_name(f"{image.name}.classes.png")  # as predict.py of its bundle names it
+            target.write_bytes(dram.students.class_map(student.id, content))
+            if as_json:
+                console.print_json({"class_map": str(target), "classes": student.classes})
+            else:
+                console.class_map(target, student.classes)
+            return
+        seen = dram.students.predict(student.id, content, precision=precision, top=top)
     if as_json:
         console.print_json(seen.model_dump(mode="json"))
     else:

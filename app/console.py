@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -113,6 +114,12 @@ def dataset(made: Dataset) -> None:
 
 def prediction(seen: Prediction) -> None:
     table(("label", "score"), [(score.label, f"{score.score:.3f}") for score in seen.predictions])
+
+
+def class_map(path: Path, classes: Sequence[str]) -> None:
+    """Where a class map was written, and which class each of its values stands for."""
+    out.print(Text(str(path)))
+    table(("value", "class"), enumerate(classes))
 
 
 def report(found: dict[str, Any]) -> None:

@@ -154,15 +154,40 @@ def test_download_of_an_unfinished_job_says_to_wait(script: Script) -> None:
     assert "dram watch job_1" in ran.stderr
 
 
+def student(**about: object) -> Answer:
+    whose = {"id": "stu_1", "job_id": "job_1", "teacher": "t", "method": "kd", "architecture": "conv4"}
+    return Answer(body=json.dumps({**whose, "classes": ["cat", "dog"], **about}).encode())
+
+
 def test_predict_prints_labels_and_scores(script: Script, tmp_path: Path) -> None:
     seen = {"predictions": [{"label": "cat", "score": 0.91}, {"label": "dog", "score": 0.09}]}
-    script.answers = [Answer(body=json.dumps(seen).encode())]
+    script.answers = [student(summary={"accuracy": 0.9}), Answer(body=json.dumps(seen).encode())]
     (tmp_path / "x.png").write_bytes(b"picture")
     ran = dram("predict", "stu_1", tmp_path / "x.png", "--top", "2", "--url", script.url)
     assert ran.returncode == 0
     assert [line.split() for line in ran.stdout.splitlines()[1:]] == [["cat", "0.910"], ["dog", "0.090"]]
-    assert script.asked[0].body == b"picture"
-    assert "top=2" in script.asked[0].path
+    assert script.asked[1].body == b"picture"
+    assert "top=2" in script.asked[1].path
+
+
+def test_predict_writes_the_class_map_of_a_segmentation_beside_the_image(
+    script: Script, tmp_path: Path
+) -> None:
+    segments = student(classes=["ground", "tree"], summary={"task": "segmentation", "miou": 0.7})
+    (tmp_path / "x.jpg").write_bytes(b"picture")
+    for options, said in (((), ["ground", "tree"]), (("--json",), ["class_map", "ground", "tree"])):
+        script.asked = []
+        script.answers = [segments, Answer(body=b"map", headers={"Content-Type": "image/png"})]
+        ran = dram("predict", "stu_1", tmp_path / "x.jpg", *options, "--url", script.url)
+        assert ran.returncode == 0, ran.stderr
+        assert [asked.path for asked in script.asked] == [
+            "/v1/students/stu_1",
+            "/v1/students/stu_1/class-map",
+        ]
+        assert script.asked[1].body == b"picture"
+        assert (tmp_path / "x.jpg.classes.png").read_bytes() == b"map"
+        for words in (str(tmp_path / "x.jpg.classes.png"), *said):
+            assert words in ran.stdout
 
 
 def test_predict_without_the_image_is_an_error_in_a_sentence(script: Script) -> None:
