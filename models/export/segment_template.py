@@ -1,6 +1,6 @@
 """Say of each pixel what it shows, with the student in this folder. Needs onnxruntime and Pillow only (and numpy).
 
-    python predict.py photo.jpg another.png     writes photo.classes.png, and prints which classes it shows
+    python predict.py photo.jpg another.png     writes photo.jpg.classes.png, and prints which classes it shows
     python predict.py --check                   are the class maps on this machine those of the golden images?
 
 A class map is a palette PNG of the image's size; a pixel's value is the number of its class in labels.json.
@@ -54,6 +54,18 @@ def save(classes: Any, path: Path) -> None:
     picture.save(path)
 
 
+def targets(images: list[Path], out: Path | None) -> dict[Path, Path]:
+    """Where the class map of each image goes: into `out`, or beside it. ValueError if two would be one file."""
+    found: dict[Path, Path] = {}
+    for path in images:
+        target = (out or path.parent) / f"{path.name}.classes.png"
+        if found.setdefault(target, path) != path:
+            raise ValueError(
+                f"{found[target]} and {path} would both become {target}: do one of them by itself"
+            )
+    return {path: target for target, path in found.items()}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Say of each pixel what it shows.")
     parser.add_argument("images", nargs="*", type=Path, help="JPEG, PNG or WebP files")
@@ -62,6 +74,10 @@ def main() -> int:
     arguments = parser.parse_args()
     if not (arguments.images or arguments.check):
         parser.error("give images, or --check")
+    try:
+        places = targets(arguments.images, arguments.out)
+    except ValueError as error:
+        parser.error(str(error))
     session = onnxruntime.InferenceSession(HERE / MODEL, providers=["CPUExecutionProvider"])
     if arguments.check and (failed := check(session)):
         return failed
@@ -69,14 +85,13 @@ def main() -> int:
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=True)
     unreadable = 0
-    for path in arguments.images:
+    for path, target in places.items():
         try:
             classes = segment(session, path)
         except OSError as error:
             print(f"{path}: {error}", file=sys.stderr)
             unreadable += 1
             continue
-        target = (arguments.out or path.parent) / f"{path.stem}.classes.png"
         save(classes, target)
         numbers, counts = np.unique(classes, return_counts=True)
         order = np.argsort(counts)[::-1]

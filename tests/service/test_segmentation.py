@@ -121,7 +121,7 @@ def test_the_bundle_makes_the_same_class_maps_elsewhere(
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
     assert ran.returncode == 0, ran.stderr
     assert "6 of 6 golden images as expected" in ran.stdout
-    made = Image.open(tmp_path / "scene.classes.png")
+    made = Image.open(tmp_path / "scene.png.classes.png")
     (expected,) = onnxruntime.InferenceSession(bundle / "model.onnx").run(
         ["classes"], {"image": values_of(scenes["test/images/0.png"])[None]}
     )
