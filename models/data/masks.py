@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -52,9 +53,14 @@ def encode(mask: Mask) -> bytes:
     return encoded.getvalue()
 
 
-def load(folder: Path) -> list[Mask]:
-    """All that `stream` gives."""
-    return list(stream(folder))
+@dataclass(frozen=True)
+class Stored:
+    """What `stream` gives, anew each time it is gone through: no mask stays in memory."""
+
+    folder: Path
+
+    def __iter__(self) -> Iterator[Mask]:
+        return stream(self.folder)
 
 
 def stream(folder: Path) -> Iterator[Mask]:

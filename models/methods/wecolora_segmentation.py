@@ -40,7 +40,7 @@ class DenseHeadParams(Params):
         20_000,
         ge=100,
         le=1_000_000,
-        description="Patches that it is fitted to, at most, drawn from all images.",
+        description="Patches that it is fitted to, at most, drawn from all that show a known class.",
     )
 
 
@@ -121,6 +121,7 @@ METHOD = Method(
             inputs=("support", "teacher", "backbone"),
             params="dense_head",
             weight=0.3,
+            version=2,
         ),
         Stage(
             "cross_validate",
@@ -132,6 +133,7 @@ METHOD = Method(
             shards=folds,
             needed=lambda shape, params: shape.test == 0,
             weight=40.0,
+            version=2,
         ),
         Stage(
             "teacher_graph",

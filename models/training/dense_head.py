@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import compress, islice
 
 import numpy as np
 import torch
@@ -54,55 +55,77 @@ def fit_heads(context: StageContext, params: DenseHeadParams) -> None:
 
 @dataclass(frozen=True)
 class Shots:
-    """Images to learn from: `pixels` uint8 [N, 3, S, S], N `masks` of the images' own sizes, names of C classes."""
+    """Images to learn from: `pixels` uint8 [N, 3, S, S], names of C classes, and N masks of the images' own sizes.
+
+    The masks are gone through one by one, more than once: those of many large images need not be in memory together.
+    """
 
     pixels: Pixels
-    masks: Sequence[Mask]
+    masks: Iterable[Mask]
     classes: tuple[str, ...]
 
     @classmethod
     def read(cls, context: StageContext, size: int) -> Shots:
         folder = context.folder("support")
         split = fewshot.load(folder, size)
-        return cls(split.pixels, masks.load(folder), split.classes)
+        return cls(split.pixels, masks.Stored(folder), split.classes)
 
-    def at(self, rows: Tensor) -> Shots:
-        """Those at the positions `rows` [n]."""
-        chosen = rows.tolist()
-        return Shots(self.pixels[rows], [self.masks[row] for row in chosen], self.classes)
+    def where(self, chosen: Tensor) -> Shots:
+        """Those of which `chosen` bool [N] says so."""
+        return Shots(self.pixels[chosen], _Chosen(self.masks, chosen), self.classes)
 
     def __len__(self) -> int:
-        return len(self.masks)
+        return len(self.pixels)
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """Those of N `masks` of which `chosen` bool [N] says so, anew each time they are gone through."""
+
+    masks: Iterable[Mask]
+    chosen: Tensor
+
+    def __iter__(self) -> Iterator[Mask]:
+        return compress(self.masks, self.chosen.tolist())
 
 
 def fit(network: Teacher, shots: Shots, params: DenseHeadParams, seed: int) -> DenseHead:
     """The head for a network's tokens of these images, and of their mirror images where `params.mirror`.
 
-    Raises `DataError` where no patch that is learnt from shows a known class.
+    It learns from all patches that show a known class or, where these are more than `params.most_patches`, from so
+    many, drawn. Raises `DataError` where no patch shows one.
     """
     random = generator(seed, "patches")
-    tokens, shares = [], []
     views = (False, True) if params.mirror else (False,)
-    for mirrored in views:
-        for first in range(0, len(shots), _AT_ONCE):
-            seen = shots.pixels[first : first + _AT_ONCE]
-            of_seen = shots.masks[first : first + _AT_ONCE]
-            if mirrored:
-                seen, of_seen = seen.flip(-1), [mask.flip(-1) for mask in of_seen]
-            found = _tokens(network, seen)
-            side = dense_vit.grid_side(found.shape[1])
-            wanted = torch.cat([masks.cell_shares(mask, side, len(shots.classes)) for mask in of_seen])
-            share = params.most_patches / (len(views) * len(shots) * side**2)
-            kept = torch.rand(len(wanted), generator=random) < share
-            tokens.append(found.flatten(0, 1)[kept])
-            shares.append(wanted[kept])
-    learnt = torch.cat(shares)
-    if not bool(learnt.any()):
+    source = iter(shots.masks)
+    learnt: tuple[Tensor, ...] = ()  # lot [n], tokens [n, D] and shares of the classes [n, C] of n patches
+    for seen in torch.split(shots.pixels, _AT_ONCE):
+        of_seen = list(islice(source, len(seen)))
+        for mirrored in views:
+            tokens = _tokens(network, seen.flip(-1) if mirrored else seen)
+            shown = [mask.flip(-1) for mask in of_seen] if mirrored else of_seen
+            side = dense_vit.grid_side(tokens.shape[1])
+            shares = torch.cat([masks.cell_shares(mask, side, len(shots.classes)) for mask in shown])
+            known = shares.any(1)
+            lots = torch.rand(int(known.sum()), generator=random)
+            found = (lots, tokens.flatten(0, 1)[known], shares[known])
+            learnt = _smallest_lots(learnt, found, params.most_patches)
+    _, tokens, shares = learnt
+    if len(shares) == 0:
         raise DataError(
-            f"no pixel that is learnt from in {len(shots)} of the masks has a class",
-            f"Give more of their pixels another value than {IGNORED}, or raise dense_head.most_patches.",
+            f"no pixel of the {len(shots)} masks that are learnt from has a class",
+            f"Give some of their pixels another value than {IGNORED}.",
         )
-    return DenseHead(*linear_probe.fit_shares(torch.cat(tokens), learnt, params.penalty)).eval()
+    return DenseHead(*linear_probe.fit_shares(tokens, shares, params.penalty)).eval()
+
+
+def _smallest_lots(kept: tuple[Tensor, ...], more: tuple[Tensor, ...], most: int) -> tuple[Tensor, ...]:
+    """The rows of both with the `most` smallest lots, which come first: of all that were offered, each as likely."""
+    rows = tuple(torch.cat(pair) for pair in zip(kept, more, strict=True)) if kept else more
+    if len(rows[0]) <= most:
+        return rows
+    smallest = rows[0].argsort()[:most]
+    return tuple(column[smallest] for column in rows)
 
 
 @torch.inference_mode()
@@ -142,7 +165,7 @@ def cross_validate(context: StageContext, params: TokenDistillationParams) -> No
             "Add images with masks, or a test split.",
         )
     held = folds(len(shots), context.shards, context.seed) == context.shard
-    learnt, judged = shots.at((~held).nonzero()[:, 0]), shots.at(held.nonzero()[:, 0])
+    learnt, judged = shots.where(~held), shots.where(held)
     given = [learnt.pixels]
     if "unlabelled" in context.inputs:
         given.append(fewshot.load(context.folder("unlabelled"), teacher.input_size).pixels)

@@ -75,7 +75,7 @@ def test_a_folder_becomes_splits_whose_masks_are_as_drawn(tmp_path: Path) -> Non
     index = archive.read_index(splits["support"] / archive.FILE_NAME)
     assert (index.masked, index.classes) == (True, rendered_masks.CLASSES)
     assert [image.name for image in index.images] == ["images/0.png", "images/1.png", "images/2.png"]
-    for number, mask in enumerate(masks.load(splits["support"])):
+    for number, mask in enumerate(masks.stream(splits["support"])):
         drawn = np.array(Image.open(root / "masks" / f"{number}.png"))
         np.testing.assert_array_equal(mask.numpy(), drawn)
     shape = fewshot.shape_of(splits["support"], splits["unlabelled"], splits["test"])

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional
 
 from models import teachers
+from models.arrays import Mask
 from models.data import images, masks
 from models.data.archive import IGNORED
 from models.errors import DataError
@@ -86,29 +90,98 @@ def test_a_head_fits_the_shares_of_all_patches_and_of_their_mirror_images(teache
     assert (answers - shares).abs().mean() < 0.05
 
 
-def test_no_more_patches_are_learnt_from_than_allowed(
-    teacher: Teacher, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[int] = []
+@pytest.fixture
+def learnt_from(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many patches each head was fitted to."""
+    counts: list[int] = []
     fit = linear_probe.fit_shares
 
     def counting(features: torch.Tensor, *rest: object) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        seen.append(len(features))
+        counts.append(len(features))
         return fit(features, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(linear_probe, "fit_shares", counting)
+    return counts
+
+
+def test_no_more_patches_are_learnt_from_than_allowed(teacher: Teacher, learnt_from: list[int]) -> None:
     dense_head.fit(teacher, shots_of(4), DenseHeadParams(most_patches=100), seed=0)
     dense_head.fit(teacher, shots_of(4), DenseHeadParams(), seed=0)
-    assert 60 < seen[0] < 140  # drawn, so about
-    assert seen[1] == 4 * 2 * 64
+    assert learnt_from == [100, 4 * 2 * 64]
+
+
+def test_few_known_patches_are_all_learnt_from_among_many_unknown_ones(
+    teacher: Teacher, learnt_from: list[int]
+) -> None:
+    shots = shots_of(4)
+    for mask in shots.masks:
+        mask[8:] = IGNORED  # but for one of the 8 rows of patches
+    dense_head.fit(teacher, shots, DenseHeadParams(most_patches=100), seed=0)
+    assert learnt_from == [4 * 2 * 8]
+
+
+def test_drawn_patches_come_from_all_images_alike(teacher: Teacher, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each image shows a class of its own."""
+    shots = shots_of(40)
+    alone = [torch.full_like(mask, number) for number, mask in enumerate(shots.masks)]
+    drawn: list[torch.Tensor] = []
+
+    def fit(features: torch.Tensor, shares: torch.Tensor, penalty: float) -> tuple[torch.Tensor, ...]:
+        drawn.append(shares.sum(0))
+        return features[0], torch.zeros(features.shape[1], 40), torch.zeros(40)
+
+    monkeypatch.setattr(linear_probe, "fit_shares", fit)
+    each = Shots(shots.pixels, alone, tuple(str(number) for number in range(40)))
+    dense_head.fit(teacher, each, DenseHeadParams(most_patches=1200, mirror=False), seed=0)
+    (counts,) = drawn
+    assert int(counts.sum()) == 1200
+    assert 15 < counts.min() <= counts.max() < 45  # 30 of 64 each, within 4 deviations
+
+
+class Counted:
+    """Masks of which the most that were in memory at once are counted."""
+
+    def __init__(self, masks: list[Mask]) -> None:
+        self.masks = masks
+        self.most = 0
+
+    def __iter__(self) -> Iterator[Mask]:
+        given: list[weakref.ref[Mask]] = []
+        for mask in self.masks:
+            copy = mask.clone()
+            given.append(weakref.ref(copy))
+            self.most = max(self.most, sum(each() is not None for each in given))
+            yield copy
+            del copy
+
+
+def test_masks_are_not_all_in_memory_at_once(teacher: Teacher) -> None:
+    shots = shots_of(8)
+    many = Counted(list(shots.masks) * 10)
+    repeated = Shots(shots.pixels.repeat(10, 1, 1, 1), many, CLASSES)
+    head = dense_head.fit(teacher, repeated, DenseHeadParams(mirror=False), seed=0)
+    assert many.most <= 2 * dense_head._AT_ONCE + 1 < len(repeated)
+    many.most = 0
+    dense_head.confusions(teacher, head, repeated)
+    assert many.most <= 2
+
+
+def test_chosen_images_keep_their_masks_however_often_they_are_gone_through() -> None:
+    shots = shots_of(5)
+    chosen = torch.tensor([True, False, False, True, False])
+    few = shots.where(chosen)
+    assert torch.equal(few.pixels, shots.pixels[[0, 3]])
+    for _ in range(2):
+        found = list(few.masks)
+        assert len(found) == len(few) == 2
+        for mask, row in zip(found, (0, 3), strict=True):
+            assert torch.equal(mask, list(shots.masks)[row])
 
 
 def test_masks_that_know_no_class_are_nothing_to_learn_from(teacher: Teacher) -> None:
     shots = shots_of(2)
     blank = Shots(shots.pixels, [torch.full_like(mask, IGNORED) for mask in shots.masks], CLASSES)
-    with pytest.raises(
-        DataError, match="no pixel that is learnt from in 2 of the masks has a class"
-    ) as caught:
+    with pytest.raises(DataError, match="no pixel of the 2 masks that are learnt from has a class") as caught:
         dense_head.fit(teacher, blank, DenseHeadParams(), seed=0)
     assert "255" in caught.value.hint
 
