@@ -63,12 +63,7 @@ def check(findings: Findings, classes: Sequence[str], kept: Sequence[Examined], 
     if shown["test"] and not any(values - {IGNORED} for values in shown["test"]):
         detail = f"The masks in test/masks/ show no class: all pixels are {IGNORED}. Correct them, or remove test/."
         findings.faults.append(Finding("test_masks_without_class", "/files", detail))
-    shots = len(shown["support"])
-    if shots < settings.min_shots:
-        images = "1 usable image with a mask" if shots == 1 else f"{shots} usable images with masks"
-        needed = f"at least {settings.min_shots} are needed to learn from"
-        detail = f"The upload has {images}; {needed}. Add some to images/ and masks/."
-        findings.faults.append(Finding("too_few_shots", "/files", detail))
+    findings.faults += _shots_out_of_bounds(len(shown["support"]), len(classes), settings)
     if len(classes) < 2:
         findings.faults.append(_too_few_classes(classes, shown["support"]))
     if len(classes) > settings.max_classes:
@@ -76,6 +71,24 @@ def check(findings: Findings, classes: Sequence[str], kept: Sequence[Examined], 
             f"The masks have {len(classes)} classes; at most {settings.max_classes} are possible. Merge some."
         )
         findings.faults.append(Finding("too_many_classes", "/classes", detail))
+
+
+def _shots_out_of_bounds(shots: int, classes: int, settings: Settings) -> list[Finding]:
+    """Too few or too many images with masks. A mask shows several classes: as many are possible as in class folders."""
+    most = settings.max_shots * classes
+    if shots < settings.min_shots:
+        images = "1 usable image with a mask" if shots == 1 else f"{shots} usable images with masks"
+        needed = f"at least {settings.min_shots} are needed to learn from"
+        detail = f"The upload has {images}; {needed}. Add some to images/ and masks/."
+        return [Finding("too_few_shots", "/files", detail)]
+    if shots > most and classes > 1:
+        detail = (
+            f"The upload has {shots:,} usable images with masks to learn from; at most {most:,} are used, "
+            f"{settings.max_shots} for each of {classes} classes. Keep the best in images/ and masks/ and move the "
+            "other images to unlabelled/, where they help too."
+        )
+        return [Finding("too_many_shots", "/files", detail)]
+    return []
 
 
 def _unknown_values(item: Examined, mask: ExaminedMask, classes: int) -> list[Finding]:

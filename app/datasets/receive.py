@@ -166,9 +166,9 @@ class _Form:
         self.ended = True
 
 
-def too_many_files(limit: int) -> Invalid:
+def too_many_files(limit: int, what: str = "files") -> Invalid:
     detail = (
-        f"The upload has more than {limit:,} files. Split it, or leave out images of the largest classes."
+        f"The upload has more than {limit:,} {what}. Split it, or leave out images of the largest classes."
     )
     return Invalid(detail, code="too_many_files", findings=(Finding("too_many_files", "/files", detail),))
 
