@@ -15,9 +15,10 @@ from app.connect import HERE, AsJson, HomeFolder, Key, Url, any_service, service
 from app.embedded import EmbeddedError
 from app.evaluate_command import evaluate
 from app.home import Home
-from app.order_options import DEFAULT_STUDENT, Param, Preset, Seed, Student, nested_params
+from app.order_defaults import complete
+from app.order_options import Param, Preset, Seed, Student, nested_params
 from app.sample_command import samples
-from app.teacher_commands import every_teacher, teachers
+from app.teacher_commands import teachers
 
 cli = typer.Typer(
     help="Few-shot distillation: a handful of labelled images in, a tiny ONNX classifier out.",
@@ -30,10 +31,17 @@ cli.add_typer(teachers, name="teachers")
 cli.command()(evaluate)
 cli.command()(samples)
 
-Teacher = Annotated[str | None, typer.Option(help="Who teaches; `dram teachers` lists them.")]
+Teacher = Annotated[
+    str | None,
+    typer.Option(
+        help="Who teaches; `dram teachers` lists them. Left out: the first that the method can learn from."
+    ),
+]
 Method = Annotated[
     str | None,
-    typer.Option(help="How; `dram methods` lists them. Left out: kd, or fsbbt with a black box of your own."),
+    typer.Option(
+        help="How; `dram methods` lists them. Left out: kd, fsbbt with a black box of your own, or the one for masks."
+    ),
 ]
 Generator = Annotated[
     str | None,
@@ -172,7 +180,7 @@ def upload(
 def submit(
     dataset: Annotated[str, typer.Argument(metavar="DATASET", help="Id that `dram upload` printed.")],
     teacher: Teacher = None,
-    student: Student = DEFAULT_STUDENT,
+    student: Student = None,
     method: Method = None,
     generator: Generator = None,
     preset: Preset = "balanced",
@@ -189,9 +197,10 @@ def submit(
     """Order a student from a data set."""
     params = nested_params(param)
     with service(url, key, Home(home)) as dram:
+        names = complete(dram, dataset, teacher, method, student)
         job = dram.jobs.create(
-            dataset_id=dataset, teacher_id=teacher or _first_teacher(dram), method=method or _usual(teacher),
-            student=student, generator_id=generator, preset=preset, params=params, seed=seed, precision=precision,
+            dataset_id=dataset, teacher_id=names.teacher, method=names.method, student=names.student,
+            generator_id=generator, preset=preset, params=params, seed=seed, precision=precision,
             query_budget=query_budget,
         )  # fmt: skip
         if as_json:
@@ -304,7 +313,7 @@ def distill(
         Path, typer.Option(help="FILE.onnx for the network alone, FILE.zip for the whole bundle.")
     ],
     teacher: Teacher = None,
-    student: Student = DEFAULT_STUDENT,
+    student: Student = None,
     method: Method = None,
     generator: Generator = None,
     preset: Preset = "balanced",
@@ -324,9 +333,10 @@ def distill(
     with any_service(url, key, Home(home)) as dram:
         made = dram.datasets.create(folder)
         console.dataset(made)
+        names = complete(dram, made.id, teacher, method, student)
         job = dram.jobs.create(
-            dataset_id=made.id, teacher_id=teacher or _first_teacher(dram), method=method or _usual(teacher),
-            student=student, generator_id=generator, preset=preset, params=params, seed=seed, precision=precision,
+            dataset_id=made.id, teacher_id=names.teacher, method=names.method, student=names.student,
+            generator_id=generator, preset=preset, params=params, seed=seed, precision=precision,
             query_budget=query_budget,
         )  # fmt: skip
         done = _watch(dram, job.id)
@@ -384,20 +394,6 @@ def _fetch(dram: Dram, student_id: str, target: Path, precision: str) -> Path:
     if target.suffix == ".zip":
         return dram.students.download_bundle(student_id, target)
     return dram.students.download(student_id, target, precision)
-
-
-def _first_teacher(dram: Dram) -> str:
-    """Of the catalogue: a black box of one's own is never asked without being named."""
-    for teacher in every_teacher(dram):
-        if teacher.available and not teacher.is_own:
-            return teacher.id
-    console.note("No teacher of the catalogue can be had on this machine; `dram teachers` says why.")
-    raise typer.Exit(1)
-
-
-def _usual(teacher: str | None) -> str:
-    """The method that needs no more than this teacher offers."""
-    return "fsbbt" if (teacher or "").startswith("tch_") else "kd"
 
 
 if __name__ == "__main__":

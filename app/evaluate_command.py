@@ -39,7 +39,7 @@ def evaluate(
     episodes: Annotated[int, typer.Option(min=1, help="Tasks to draw, each with a student of its own.")] = 4,
     queries: Annotated[int, typer.Option(min=4, help="Images that each student is asked about.")] = 50,
     method: Annotated[str, typer.Option(help="How; `dram methods` lists them.")] = "kd",
-    student: Student = DEFAULT_STUDENT,
+    student: Student = None,
     teacher: Annotated[
         str | None, typer.Option(help="Who teaches, of the catalogue. Left out: the first to be had here.")
     ] = None,
@@ -87,14 +87,14 @@ def evaluate(
             shots=shots,
             method=chosen.name,
             teacher=_teacher(teacher, chosen),
-            student=students.checked(student, chosen.student),
+            student=students.checked(student or chosen.student or DEFAULT_STUDENT, chosen.student),
             params=params,
             seed=seed,
             generator=_generator(generator, chosen, params),
         )
         _check_sources(chosen, setting, pool, queries)
         console.note(
-            f"{ways}-way {shots}-shot: {method}, {student} taught by {setting.teacher.name}, preset {preset};"
+            f"{ways}-way {shots}-shot: {method}, {setting.student} taught by {setting.teacher.name}, preset {preset};"
             f" {episodes} x {queries} queries"
         )
         with _Display(episodes) as display:

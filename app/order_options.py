@@ -10,7 +10,13 @@ import typer
 #: What is made unless told otherwise.
 DEFAULT_STUDENT = "mobilenetv4_conv_small_050"
 
-Student = Annotated[str, typer.Option(help="What learns; `dram architectures` lists them.")]
+Student = Annotated[
+    str | None,
+    typer.Option(
+        help="What learns; `dram architectures` lists them. "
+        f"Left out: the method's own, where it makes one of its teacher, else {DEFAULT_STUDENT}."
+    ),
+]
 Preset = Annotated[str, typer.Option(help="How much time to spend: draft, balanced or best.")]
 Param = Annotated[
     list[str] | None,

