@@ -20,7 +20,7 @@ import json
 import platform
 import shutil
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from models import teachers
 from models.data import archive
 from models.export import model_card, onnx_graph
 from models.pipeline import StageContext
-from models.teachers import TeacherSpec
+from models.teachers import AnyTeacher, TeacherSpec
 
 FILE_NAME = "bundle.zip"
 SCHEMA_VERSION = 1
@@ -47,43 +47,49 @@ _LIBRARIES = (
     "pillow",
     "safetensors",
 )
+#: What the caller and the graph do to an image, from `student.json` and `export.json`, as in `preprocessing`.
+Preprocessing = Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]]
+#: A model card from the report, the teacher, what `Preprocessing` gives, and the version of ONNX Runtime.
+Card = Callable[[Mapping[str, Any], AnyTeacher, Mapping[str, Any], str], str]
 
 
 def run(context: StageContext, params: None) -> None:
-    """Write the bundle's files to the artefact's folder and, packed, to `bundle.zip`."""
-    exported = context.folder("student_onnx")
-    report = read(context.folder("report") / "report.json")
-    preprocess = preprocessing(
-        read(context.folder("trained_student") / "student.json"), read(exported / onnx_graph.EXPORT_FILE_NAME)
-    )
-    models = [onnx_graph.FILE_NAME, *([onnx_graph.INT8_FILE_NAME] if report["int8"]["accepted"] else [])]
-    spec = teachers.read_any(context.folder("teacher"))
-    card = model_card.render(report, spec, preprocess, metadata.version("onnxruntime"))
-    golden = golden_of(read(exported / "golden.json"), models)
-    write(context, models, golden, preprocess, card, "predict_template.py")
+    """BUNDLE of a classifier: write the bundle's files to the artefact's folder and, packed, to `bundle.zip`."""
+    int8 = read(context.folder("report") / "report.json")["int8"]["accepted"]
+    models = [onnx_graph.FILE_NAME, *([onnx_graph.INT8_FILE_NAME] if int8 else [])]
+    golden = golden_of(read(context.folder("student_onnx") / "golden.json"), models)
+    write(context, preprocessing, model_card.render, "predict_template.py", models, golden)
 
 
 def write(
     context: StageContext,
-    models: Iterable[str],
-    golden: Mapping[str, Any],
-    preprocess: Mapping[str, Any],
-    card: str,
+    preprocessing_of: Preprocessing,
+    card: Card,
     predict: str,
+    models: Iterable[str] = (onnx_graph.FILE_NAME,),
+    golden: Mapping[str, Any] | None = None,
 ) -> None:
-    """The bundle of these ONNX files. `predict`: the file beside this one that becomes `predict.py`."""
+    """The bundle of these ONNX files. `predict`: the file beside this one that becomes `predict.py`.
+
+    `golden`: the content of `golden.json`. None: as EXPORT wrote it.
+    """
     exported, out = context.folder("student_onnx"), context.output
     student = read(context.folder("trained_student") / "student.json")
+    export = read(exported / onnx_graph.EXPORT_FILE_NAME)
+    report = read(context.folder("report") / "report.json")
+    teacher = teachers.read_any(context.folder("teacher"))
+    preprocess = preprocessing_of(student, export)
     for name in models:
         shutil.copyfile(exported / name, out / name)
     shutil.copyfile(context.folder("report") / "report.json", out / "report.json")
     shutil.copytree(exported / "golden", out / "golden")
     shutil.copyfile(Path(__file__).with_name(predict), out / "predict.py")
-    _write(out / "golden.json", golden)
+    _write(out / "golden.json", golden or read(exported / "golden.json"))
     _write(out / "labels.json", student["classes"])
     _write(out / "preprocess.json", preprocess)
-    _write(out / "manifest.json", manifest(context, read(exported / onnx_graph.EXPORT_FILE_NAME), student))
-    (out / "MODEL_CARD.md").write_text(card, encoding="utf-8")
+    _write(out / "manifest.json", manifest(context, export, student))
+    text = card(report, teacher, preprocess, metadata.version("onnxruntime"))
+    (out / "MODEL_CARD.md").write_text(text, encoding="utf-8")
 
     content = sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
     sums = "".join(f"{_sha256(out / name)}  {name}\n" for name in content)

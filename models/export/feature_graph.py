@@ -99,16 +99,7 @@ def export_student(context: StageContext) -> None:
         context.output / "parity.json", {**asdict(checked), "size_of_features": scaled.size}
     )
     _write_golden(context.output, golden, parity.session(content))
-    onnx_graph.write_json(
-        context.output / onnx_graph.EXPORT_FILE_NAME,
-        {
-            "parameters": onnx_graph.parameter_count(backbone.network),
-            "bytes": len(content),
-            "width": backbone.embedding_dim,
-            "opset": onnx_graph.OPSET,
-            "ir_version": onnx_graph.IR_VERSION,
-        },
-    )
+    onnx_graph.write_export(context.output, backbone.network, content, width=backbone.embedding_dim)
     context.report(2, 2, largest_difference=checked.largest_difference)
 
 

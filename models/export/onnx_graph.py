@@ -245,17 +245,19 @@ def run(context: StageContext, params: ExportParams) -> None:
             ]
         context.report(3, steps)
     _write_golden(context.output, golden, student.classes, expected)
-    write_json(
-        context.output / EXPORT_FILE_NAME,
-        {
-            "parameters": parameter_count(student.network),
-            "bytes": len(content),
-            "opset": OPSET,
-            "ir_version": graph.ir_version,
-            "max_accuracy_drop": params.max_accuracy_drop,
-            "int8": int8,
-        },
-    )
+    drop = params.max_accuracy_drop
+    write_export(context.output, student.network, content, max_accuracy_drop=drop, int8=int8)
+
+
+def write_export(folder: Path, network: nn.Module, content: bytes, **more: Any) -> None:
+    """`export.json`: size and versions of the ONNX file of a network, and what `more` the report must know."""
+    facts = {
+        "parameters": parameter_count(network),
+        "bytes": len(content),
+        "opset": OPSET,
+        "ir_version": IR_VERSION,
+    }
+    write_json(folder / EXPORT_FILE_NAME, {**facts, **more})
 
 
 def _held_out(context: StageContext) -> tuple[int, ...]:

@@ -89,15 +89,7 @@ def export_student(context: StageContext) -> None:
     checked = parity.check(content, Reference(student.network.eval(), *own), golden, probabilities)
     onnx_graph.write_json(context.output / "parity.json", asdict(checked))
     _write_golden(context.output, golden, parity.session(content))
-    onnx_graph.write_json(
-        context.output / onnx_graph.EXPORT_FILE_NAME,
-        {
-            "parameters": onnx_graph.parameter_count(student.network),
-            "bytes": len(content),
-            "opset": onnx_graph.OPSET,
-            "ir_version": onnx_graph.IR_VERSION,
-        },
-    )
+    onnx_graph.write_export(context.output, student.network, content)
     context.report(2, 2, largest_difference=checked.largest_difference)
 
 

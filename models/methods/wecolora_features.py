@@ -15,6 +15,8 @@ The others are as in `wecolora` and `models.stages`.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from pydantic import Field
 
 from models import stages
@@ -95,46 +97,15 @@ METHOD = Method(
             seeded=False,
             weight=0.1,
         ),
-        Stage(
-            "teacher_graph",
-            teacher_graph,
-            output="teacher_onnx",
-            inputs=("teacher", "trained_student"),
-            queue="cpu",
-            seeded=False,
-            weight=0.3,
-        ),
-        Stage(
-            "export",
-            export,
-            output="student_onnx",
-            inputs=("trained_student", "teacher"),
-            optional=("support", "unlabelled"),
-            queue="cpu",
-            seeded=False,
-            weight=0.3,
-        ),
-        Stage(
-            "evaluate",
-            evaluate,
-            output="report",
-            inputs=("student_onnx", "trained_student", "teacher", "teacher_onnx", "student"),
+        replace(stages.TEACHER_GRAPH, run=teacher_graph, inputs=("teacher", "trained_student")),
+        replace(stages.EXPORT, run=export, params=None),
+        replace(
+            stages.EVALUATE,
+            run=evaluate,
+            inputs=(*stages.EVALUATE.inputs, "teacher_onnx"),
             optional=("support", "unlabelled", "test", "generator", "synthetic"),
-            params="evaluation",
-            queue="cpu",
-            seeded=False,
-            weight=0.5,
         ),
-        Stage(
-            "bundle",
-            bundle,
-            output="bundle",
-            inputs=("student_onnx", "report", "trained_student", "teacher"),
-            optional=("support", "unlabelled", "test"),
-            queue="cpu",
-            seeded=False,
-            weight=0.1,
-        ),
+        replace(stages.BUNDLE, run=bundle),
     ),
     presets=wecolora.METHOD.presets,
 )
