@@ -362,15 +362,15 @@ def main() -> None:
                     args.threads,
                 )
             )
+    students = [found for some in command.at_once(measure, tasks, args.processes) for found in some]
+    means, ahead = summary(students, tested)
+    on_device = teachers.load(spec, str(resolve_device(args.device)))
+    low, high = interval([accuracy := probe_accuracy(on_device, probe)], tested)
+    rows: list[dict[str, Any]] = [{"row": "teacher", "accuracy": accuracy, "low": low, "high": high}]
     teacher = teachers.load(spec, "cpu")
     timed, checks = time_graphs(teacher, 5 if args.quick else 300)
     few = read(tasks[0].unlabelled, teacher.input_size).pixels[:SPEED_IMAGES]
     timed += time_training(teacher, 2 if args.quick else SPEED_STEPS, 1 if args.quick else SPEED_ROUNDS, few)
-    on_device = teachers.load(spec, str(resolve_device(args.device)))
-    low, high = interval([accuracy := probe_accuracy(on_device, probe)], tested)
-    rows: list[dict[str, Any]] = [{"row": "teacher", "accuracy": accuracy, "low": low, "high": high}]
-    students = [found for some in command.at_once(measure, tasks, args.processes) for found in some]
-    means, ahead = summary(students, tested)
     record.write(
         NAME, rows=[*rows, *students, *means, *timed], checks=[*ahead, *checks], seeds=seeds, quick=args.quick
     )

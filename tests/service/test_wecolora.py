@@ -87,6 +87,17 @@ def test_a_classifier_is_made_of_a_vit_from_a_folder(stack: Stack) -> None:
     assert sum(item["score"] for item in answer.json()["predictions"]) == pytest.approx(1, abs=1e-4)
 
 
+def test_the_vit_that_comes_with_dram_is_a_teacher(stack: Stack) -> None:
+    params = {**QUICK, "blocks": {"r": 3}}
+    order = {**ORDER, "method": "wecolora", "teacher_id": "embedded_vit", "params": params}
+    job = stack.finished(stack.submit(stack.upload(), **order)["id"])
+    assert job["status"] == "succeeded", job
+    report = stack.http.get(f"/v1/students/{job['student_id']}/report").json()
+    assert report["student"]["shortened"]["kept"] == [2, 5, 8, 11]
+    with bundle_of(stack, job) as bundle:
+        assert "of its 12 blocks it has" in bundle.read("MODEL_CARD.md").decode()
+
+
 def test_a_feature_extractor_is_made_of_images_without_labels(stack: Stack) -> None:
     dataset = upload(stack, without_labels(few_shot_zip()))
     order = {**ORDER, "method": "wecolora_features", "params": QUICK}
