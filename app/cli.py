@@ -197,7 +197,7 @@ def submit(
     """Order a student from a data set."""
     params = nested_params(param)
     with service(url, key, Home(home)) as dram:
-        names = complete(dram, dataset, teacher, method, student)
+        names = complete(dram, lambda: dram.datasets.get(dataset).task, teacher, method, student)
         job = dram.jobs.create(
             dataset_id=dataset, teacher_id=names.teacher, method=names.method, student=names.student,
             generator_id=generator, preset=preset, params=params, seed=seed, precision=precision,
@@ -333,7 +333,7 @@ def distill(
     with any_service(url, key, Home(home)) as dram:
         made = dram.datasets.create(folder)
         console.dataset(made)
-        names = complete(dram, made.id, teacher, method, student)
+        names = complete(dram, lambda: made.task, teacher, method, student)
         job = dram.jobs.create(
             dataset_id=made.id, teacher_id=names.teacher, method=names.method, student=names.student,
             generator_id=generator, preset=preset, params=params, seed=seed, precision=precision,

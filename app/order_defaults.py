@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import typer
@@ -25,37 +26,41 @@ class Names:
 
 
 def complete(
-    dram: Dram, dataset_id: str, teacher: str | None, method: str | None, student: str | None
+    dram: Dram, task: Callable[[], str], teacher: str | None, method: str | None, student: str | None
 ) -> Names:
-    """The names of an order for a data set; those that are given stay, for the service to judge.
+    """The names of an order for images of a task; those that are given stay, for the service to judge.
 
-    A method left out is the first for the data set's task to which the teacher has enough to say; a teacher left out,
-    the first of the catalogue that can be had and has enough to say to the method; a student left out, the method's
-    own. Ends the command with 1 where no teacher can be had.
+    A method left out is the first for the task that makes such a student and to which the teacher has enough to say,
+    else the first for the task; a teacher left out, the first of the catalogue that can be had and has enough to say
+    to the method; a student left out, the method's own. Ends the command with 1 where no teacher can be had.
     """
     if not (teacher and method and student):
-        known = {each.id: each for each in dram.methods().data}
-        method = method or _method(dram, list(known.values()), dataset_id, teacher)
-        of_method = known.get(method)
+        known = dram.methods().data
+        method = method or _method(dram, known, task(), teacher, student)
+        of_method = next((each for each in known if each.id == method), None)
         student = student or (of_method.student if of_method else None) or DEFAULT_STUDENT
-        teacher = teacher or _teacher(dram, of_method)
+        teacher = teacher or _teacher(dram, method, set(of_method.needs) if of_method else set())
     return Names(teacher, method, student)
 
 
-def _method(dram: Dram, known: list[Method], dataset_id: str, teacher: str | None) -> str:
-    task = dram.datasets.get(dataset_id).task
-    offers = set(dram.teachers.get(teacher).offers) if teacher else None
-    fitting = (
-        each.id for each in known if each.task == task and (offers is None or offers.issuperset(each.needs))
-    )
-    return next(fitting, _USUAL)
+def _method(dram: Dram, known: Sequence[Method], task: str, teacher: str | None, student: str | None) -> str:
+    of_task = [each for each in known if each.task == task]
+    makers = [each for each in of_task if student and each.student == student]
+    named = (each for each in every_teacher(dram) if each.id == teacher) if teacher else iter(())
+    offers = next((set(each.offers) for each in named), None)
+    fitting = (each for each in makers or of_task if offers is None or offers.issuperset(each.needs))
+    chosen = next(fitting, None) or next(iter(makers or of_task), None)
+    return chosen.id if chosen else _USUAL
 
 
-def _teacher(dram: Dram, method: Method | None) -> str:
+def _teacher(dram: Dram, method: str, needs: set[str]) -> str:
     """Of the catalogue: a black box of one's own is never asked without being named."""
-    needs = set(method.needs) if method else set()
     for teacher in every_teacher(dram):
         if teacher.available and not teacher.is_own and needs.issubset(teacher.offers):
             return teacher.id
-    console.note("No teacher of the catalogue can be had for this method here; `dram teachers` says why.")
+    needed = ", ".join(sorted(needs)) or "a teacher"
+    console.note(
+        f"No teacher of the catalogue can be had here for method '{method}', which needs {needed}; "
+        "`dram teachers` lists them."
+    )
     raise typer.Exit(1)

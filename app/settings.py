@@ -56,7 +56,7 @@ class Settings(BaseSettings):
     max_upload_bytes: int = Field(512 * 2**20, ge=1, description="Largest request body.")
     max_model_bytes: int = Field(256 * 2**20, ge=1, description="Largest ONNX file of a user's teacher.")
     upload_deadline_s: float = Field(600, gt=0, description="Longest time a request body may take to arrive.")
-    max_images: int = Field(10_000, ge=2, description="Most files in one data set; masks do not count.")
+    max_images: int = Field(10_000, ge=2, description="Most images in one data set.")
     max_image_bytes: int = Field(32 * 2**20, ge=1, description="Largest single image file.")
     max_image_pixels: int = Field(40_000_000, ge=1, description="Most pixels of a single image.")
     max_classes: int = Field(100, ge=2)

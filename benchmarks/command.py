@@ -21,7 +21,9 @@ def parser(description: str | None, name: str) -> argparse.ArgumentParser:
     made.add_argument(
         "--work", type=Path, default=Path(".dram/benchmarks", name), help="folder kept between runs"
     )
-    made.add_argument("--quick", action="store_true", help="one draw, few images and steps; writes no result")
+    made.add_argument(
+        "--quick", action="store_true", help="as little as shows that it runs; writes no result"
+    )
     return made
 
 
@@ -38,12 +40,12 @@ def has_data(given: argparse.Namespace, file: str = CIFAR10) -> bool:
 
 
 def add_draws(parser: argparse.ArgumentParser, *, processes: int = 2) -> None:
-    parser.add_argument("--draws", type=int, default=3, help="draws of the images; seeds 0, 1, ...")
+    parser.add_argument("--draws", type=int, default=3, help="draws of the images")
     parser.add_argument("--processes", type=int, default=processes, help="draws at the same time")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of each process")
 
 
 def at_once(measure: Callable[[Task], Result], tasks: Sequence[Task], processes: int) -> list[Result]:
-    """What `measure` finds for each task, in fresh processes, so many at the same time."""
+    """What `measure` finds for each task, in processes of their own, so many at the same time."""
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         return list(pool.map(measure, tasks))

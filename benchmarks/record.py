@@ -87,12 +87,13 @@ def _cell(value: Any) -> str:
 
 
 def _command(benchmark: str, arguments: Sequence[str]) -> str:
-    """What to type for the same run, without the folders of this machine, which change no figure."""
+    """What to type for the same run, without this machine's folders: of other paths than the data's, the last name."""
     folders = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     folders.add_argument("--data")
     folders.add_argument("--work")
     _, others = folders.parse_known_args(arguments)
-    return " ".join([f"python -m benchmarks.{benchmark}", *others])
+    shown = (Path(word).name if word.startswith(("/", "..")) else word for word in others)
+    return " ".join([f"python -m benchmarks.{benchmark}", *shown])
 
 
 def _commit() -> str:

@@ -134,9 +134,8 @@ def _check_numbers(
     findings: Findings, placed: layout.Layout, members: Sequence[Member], settings: Settings
 ) -> None:
     """What is not even worth decoding."""
-    masks = sum(file.mask is not None for file in placed.files) + (placed.class_names is not None)
-    if len(members) - len(placed.skipped) - masks > settings.max_images:
-        raise too_many_files(settings.max_images, "files, its masks not counted" if masks else "files")
+    if len(placed.files) > settings.max_images:
+        raise too_many_files(settings.max_images, "images")
     if len(placed.classes) > settings.max_classes:
         detail = (
             f"The upload has {len(placed.classes):,} classes; at most {settings.max_classes} are possible. "

@@ -83,7 +83,7 @@ def _shots_out_of_bounds(shots: int, classes: int, settings: Settings) -> list[F
         return [Finding("too_few_shots", "/files", detail)]
     if shots > most and classes > 1:
         detail = (
-            f"The upload has {shots:,} usable images with masks to learn from; at most {most:,} are used, "
+            f"The upload has {shots:,} usable images with masks to learn from; at most {most:,} are possible, "
             f"{settings.max_shots} for each of {classes} classes. Keep the best in images/ and masks/ and move the "
             "other images to unlabelled/, where they help too."
         )

@@ -167,9 +167,7 @@ class _Form:
 
 
 def too_many_files(limit: int, what: str = "files") -> Invalid:
-    detail = (
-        f"The upload has more than {limit:,} {what}. Split it, or leave out images of the largest classes."
-    )
+    detail = f"The upload has more than {limit:,} {what}. Split it, or leave out some of the images."
     return Invalid(detail, code="too_many_files", findings=(Finding("too_many_files", "/files", detail),))
 
 

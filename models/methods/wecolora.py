@@ -59,7 +59,7 @@ class GenerationParams(DrawingParams):
     images: int = Field(
         0,
         ge=0,
-        le=20_000,  # they are held in memory at the teacher's size: 3 GB of 224 px
+        le=20_000,  # they are held in memory at the teacher's size, for a moment twice: 3 GB of 224 px
         description="How many, of the classes' names in turn. 0: none, and no generator.",
     )
 

@@ -120,7 +120,7 @@ def fit(network: Teacher, shots: Shots, params: DenseHeadParams, seed: int) -> D
 
 
 def _smallest_lots(kept: tuple[Tensor, ...], more: tuple[Tensor, ...], most: int) -> tuple[Tensor, ...]:
-    """The rows of both with the `most` smallest lots, which come first: of all that were offered, each as likely."""
+    """Of both, the `most` rows with the smallest lots, or all: of all that were offered, each is as likely."""
     rows = tuple(torch.cat(pair) for pair in zip(kept, more, strict=True)) if kept else more
     if len(rows[0]) <= most:
         return rows

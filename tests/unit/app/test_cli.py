@@ -223,7 +223,6 @@ def test_distill_reports_and_downloads_the_file_that_was_kept(
     script.answers = [
         Answer(201, json.dumps(DATASET).encode()),
         listing({"id": "kd", "task": "classification"}),
-        Answer(body=json.dumps(DATASET).encode()),
         listing({"id": "lite0", "available": True}),
         job("queued"),
         stream((1, "job.succeeded")),

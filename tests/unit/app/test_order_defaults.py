@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 import pytest
 import typer
@@ -15,60 +14,59 @@ from tests.unit.app.scripted import Answer, Asked, Script, script
 __all__ = ["script"]  # the fixture
 
 KD = {"id": "kd", "task": "classification", "needs": ["features"], "student": None}
-FSBBT = {"id": "fsbbt", "task": "classification", "needs": ["probabilities"], "student": None}
+FSBBT = {"id": "fsbbt", "task": "classification", "needs": ["labels"], "student": None}
 SHORTER = {"id": "shorter", "task": "classification", "needs": ["tokens"], "student": "short"}
 MAPS = {"id": "maps", "task": "segmentation", "needs": ["tokens"], "student": "short"}
 TEACHERS = {
-    "away": {"id": "away", "kind": "timm", "available": False, "offers": ["features", "tokens"]},
-    "tch_1": {"id": "tch_1", "kind": "http", "available": True, "offers": ["probabilities"]},
-    "lite": {"id": "lite", "kind": "efficientnet_lite", "available": True, "offers": ["features"]},
-    "vit": {"id": "vit", "kind": "embedded", "available": True, "offers": ["features", "tokens"]},
+    "away": {"id": "away", "kind": "timm", "available": False, "offers": ["labels", "features", "tokens"]},
+    "tch_1": {"id": "tch_1", "kind": "http", "available": True, "offers": ["labels"]},
+    "lite": {"id": "lite", "kind": "timm", "available": True, "offers": ["labels", "features"]},
+    "vit": {"id": "vit", "kind": "timm", "available": True, "offers": ["labels", "features", "tokens"]},
 }
 STUDENT = "mobilenetv4_conv_small_050"
 
 
 @pytest.fixture
 def catalogue(script: Script) -> Script:
-    """Four methods, four teachers; data set ds_m has masks, ds_c has classes."""
+    """Four methods, four teachers."""
 
     def answer(asked: Asked) -> Answer:
         path = asked.path.partition("?")[0].removeprefix("/v1/")
-        documents: dict[str, Any] = {
-            "methods": {"data": [KD, FSBBT, SHORTER, MAPS]},
-            "teachers": {"data": list(TEACHERS.values())},
-            "datasets/ds_c": {"id": "ds_c", "name": "c", "task": "classification", "classes": []},
-            "datasets/ds_m": {"id": "ds_m", "name": "m", "task": "segmentation", "classes": []},
-        }
-        documents |= {f"teachers/{name}": teacher for name, teacher in TEACHERS.items()}
-        return Answer(body=json.dumps(documents[path]).encode())
+        lists = {"methods": [KD, FSBBT, SHORTER, MAPS], "teachers": list(TEACHERS.values())}
+        return Answer(body=json.dumps({"data": lists[path]}).encode())
 
     script.answers = [answer] * 10
     return script
 
 
 @pytest.mark.parametrize(
-    ("dataset", "given", "names"),
+    ("task", "given", "names"),
     [
-        ("ds_c", {}, Names("lite", "kd", STUDENT)),
-        ("ds_c", {"teacher": "vit"}, Names("vit", "kd", STUDENT)),
-        ("ds_c", {"teacher": "tch_1"}, Names("tch_1", "fsbbt", STUDENT)),
-        ("ds_c", {"method": "shorter"}, Names("vit", "shorter", "short")),
-        ("ds_m", {}, Names("vit", "maps", "short")),
-        ("ds_m", {"student": "conv4", "method": "kd"}, Names("lite", "kd", "conv4")),
-        ("ds_c", {"method": "nobody's"}, Names("lite", "nobody's", STUDENT)),
+        ("classification", {}, Names("lite", "kd", STUDENT)),
+        ("classification", {"teacher": "vit"}, Names("vit", "kd", STUDENT)),
+        ("classification", {"teacher": "tch_1"}, Names("tch_1", "fsbbt", STUDENT)),
+        ("classification", {"teacher": "nobody"}, Names("nobody", "kd", STUDENT)),
+        ("classification", {"method": "shorter"}, Names("vit", "shorter", "short")),
+        ("classification", {"method": "fsbbt"}, Names("lite", "fsbbt", STUDENT)),
+        ("classification", {"method": "nobody's"}, Names("lite", "nobody's", STUDENT)),
+        ("classification", {"student": "short"}, Names("vit", "shorter", "short")),
+        ("classification", {"student": "conv4"}, Names("lite", "kd", "conv4")),
+        ("segmentation", {}, Names("vit", "maps", "short")),
+        ("segmentation", {"teacher": "lite"}, Names("lite", "maps", "short")),
+        ("segmentation", {"student": "conv4", "method": "kd"}, Names("lite", "kd", "conv4")),
     ],
 )
 def test_what_is_left_out_fits_what_is_given(
-    dataset: str, given: dict[str, str], names: Names, catalogue: Script
+    task: str, given: dict[str, str], names: Names, catalogue: Script
 ) -> None:
     with Dram(catalogue.url, "dram_k") as dram:
         asked: dict[str, str | None] = {"teacher": None, "method": None, "student": None, **given}
-        assert complete(dram, dataset, **asked) == names
+        assert complete(dram, lambda: task, **asked) == names
 
 
 def test_where_all_is_named_nothing_is_asked(catalogue: Script) -> None:
     with Dram(catalogue.url, "dram_k") as dram:
-        assert complete(dram, "ds_c", "t", "m", "s") == Names("t", "m", "s")
+        assert complete(dram, lambda: "classification", "t", "m", "s") == Names("t", "m", "s")
     assert catalogue.asked == []
 
 
@@ -77,6 +75,6 @@ def test_no_teacher_for_a_method_ends_with_a_sentence(
 ) -> None:
     monkeypatch.delitem(TEACHERS, "vit")
     with Dram(catalogue.url, "dram_k") as dram, pytest.raises(typer.Exit) as ended:
-        complete(dram, "ds_m", None, None, None)
+        complete(dram, lambda: "segmentation", None, None, None)
     assert ended.value.exit_code == 1
-    assert "`dram teachers` says why" in " ".join(capsys.readouterr().err.split())
+    assert "method 'maps', which needs tokens" in " ".join(capsys.readouterr().err.split())

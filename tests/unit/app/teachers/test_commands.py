@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.app.scripted import Answer, Script, job, script
+from tests.unit.app.scripted import Answer, Script, script
 
 __all__ = ["script"]  # the fixture
 
@@ -134,16 +134,3 @@ def test_what_cannot_be_read_is_a_usage_error_that_repeats_no_secret(
     assert words in " ".join(ran.stderr.replace("│", " ").split())
     assert "s3cr3t" not in ran.stderr
     assert script.asked == []
-
-
-@pytest.mark.parametrize(
-    ("given", "method"), [([], "kd"), (["--teacher", "tch_1"], "fsbbt"), (["--method", "tint"], "tint")]
-)
-def test_a_teacher_of_ones_own_is_asked_only_when_named_and_then_by_fsbbt(
-    script: Script, given: list[str], method: str
-) -> None:
-    own, lite = teacher(), teacher(id="lite0", kind="efficientnet_lite")
-    script.answers = [*([] if "--teacher" in given else [listing(own, lite)]), job("queued")]
-    assert dram(script, "submit", "ds_1", *given).returncode == 0
-    order = json.loads(script.asked[-1].body)
-    assert (order["teacher_id"], order["method"]) == ("tch_1" if "--teacher" in given else "lite0", method)
