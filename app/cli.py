@@ -282,7 +282,11 @@ def predict(
     home: HomeFolder = HERE,
     as_json: AsJson = False,
 ) -> None:
-    """Ask a student about an image. Of one that gives class maps: write IMAGE.classes.png beside the image."""
+    """Ask a student about an image. Of one that gives class maps: write IMAGE.classes.png beside the image.
+
+    Of an image over 1,024 pixels a side the map is of the image scaled down to that; the bundle's predict.py gives it
+    whole.
+    """
     content = image.read_bytes()
     with service(url, key, Home(home)) as dram:
         student = dram.students.get(_student(dram, source))

@@ -34,7 +34,7 @@ from models.evaluation import depth_latency, latency
 from models.methods import METHODS
 from models.methods.wecolora import TokenDistillationParams
 from models.pipeline import Params
-from models.runtime import generator, resolve_device, use_bfloat16_on_cpu, use_threads
+from models.runtime import cpu_has_bfloat16, generator, resolve_device, use_bfloat16_on_cpu, use_threads
 from models.students import SHORTENED_VIT, block_selection, shortened_vit, vit_families
 from models.students.shortened_vit import Shortening, TokenTap
 from models.teachers import TEACHERS, TeacherSpec
@@ -367,6 +367,7 @@ def main() -> None:
     on_device = teachers.load(spec, str(resolve_device(args.device)))
     low, high = interval([accuracy := probe_accuracy(on_device, probe)], tested)
     rows: list[dict[str, Any]] = [{"row": "teacher", "accuracy": accuracy, "low": low, "high": high}]
+    rows.append({"row": "students train in bfloat16", "value": cpu_has_bfloat16()})
     teacher = teachers.load(spec, "cpu")
     timed, checks = time_graphs(teacher, 5 if args.quick else 300)
     few = read(tasks[0].unlabelled, teacher.input_size).pixels[:SPEED_IMAGES]

@@ -71,7 +71,7 @@ def members(
     handle = os.open(path, os.O_RDONLY)
     try:
         _check_format(handle)
-        entries, directory = _entries(handle, 4 * max_files + 1000)
+        entries, directory = _entries(handle, 3 * max_files + 1000)
         files = [entry for entry in entries if not entry.is_folder]
         findings = [finding for entry in entries for finding in _entry_findings(entry)]
         findings += _bombs(files, max_total_bytes)

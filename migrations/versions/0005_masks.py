@@ -28,7 +28,7 @@ def downgrade() -> None:
     ))
     if held:
         raise RuntimeError(
-            f'{held} data sets have masks, which revision 0004 would forget. Delete them first '
+            f'Revision 0004 would forget the masks of data sets ({held}). Delete these first '
             '(DELETE /v1/datasets/ID), or keep this revision.'
         )
     # Not in a batch: SQLite would make the tables anew, and what refers to their rows would be deleted with them.

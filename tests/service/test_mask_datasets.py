@@ -230,13 +230,17 @@ def test_what_cannot_be_learnt_is_said_with_the_way_out(
 def test_limits_count_images_and_not_their_masks(
     gateway_with: Callable[..., AbstractContextManager[Gateway]],
 ) -> None:
-    """6 files, and 1 image to learn from for each of 3 classes."""
+    """6 images, and 1 to learn from for each of 3 classes."""
     with gateway_with(max_images=6, max_shots=1) as gateway, gateway.client(gateway.key) as client:
         created(client, good(support=3, test=2, unlabelled=1))
         too_many = refused(client, good(support=3, test=3, unlabelled=1))["/files"]
-        assert "more than 6 files, its masks not counted" in too_many
+        assert "more than 6 images" in too_many
+        misnamed = {name.replace("masks/", "masks/of_"): content for name, content in good(support=4).items()}
+        assert "/files/images~10.png" in refused(client, misnamed)
         detail = refused(client, good(support=4, test=1, unlabelled=0))["/files"]
-    assert "4 usable images with masks to learn from; at most 3 are used, 1 for each of 3 classes" in detail
+    assert (
+        "4 usable images with masks to learn from; at most 3 are possible, 1 for each of 3 classes" in detail
+    )
     assert "unlabelled/" in detail
 
 
