@@ -46,7 +46,8 @@ NAME = "wecolora_cifar10"
 TEACHER = "embedded_vit"
 METHOD = METHODS["wecolora_features"]  # which needs no labels
 
-LEARNING_RATE = 1e-2  # of the paper's rows; chosen for WeCoLoRA on draw 100, where it fails with twice as much
+#: Of the paper's rows; chosen for WeCoLoRA on draw 100, where it fails with twice as much.
+LEARNING_RATE = 1e-2
 PROBED = 5000  # training images that the linear probes are fitted to
 PENALTY = 1e-3
 AT_ONCE = 256
