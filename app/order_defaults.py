@@ -46,11 +46,14 @@ def complete(
 def _method(dram: Dram, known: Sequence[Method], task: str, teacher: str | None, student: str | None) -> str:
     of_task = [each for each in known if each.task == task]
     makers = [each for each in of_task if student and each.student == student]
-    named = (each for each in every_teacher(dram) if each.id == teacher) if teacher else iter(())
-    offers = next((set(each.offers) for each in named), None)
-    fitting = (each for each in makers or of_task if offers is None or offers.issuperset(each.needs))
-    chosen = next(fitting, None) or next(iter(makers or of_task), None)
-    return chosen.id if chosen else _USUAL
+    possible = makers or of_task
+    offers = (
+        next((set(each.offers) for each in every_teacher(dram) if each.id == teacher), None)
+        if teacher
+        else None
+    )
+    fitting = [each for each in possible if offers is None or offers.issuperset(each.needs)]
+    return next((each.id for each in fitting or possible), _USUAL)
 
 
 def _teacher(dram: Dram, method: str, needs: set[str]) -> str:
