@@ -79,10 +79,11 @@ class TokenDistillationParams(Params):
         description="enhanced_lora: low-rank updates of q, k, v, proj, fc1 and fc2, the paper's. lora: of q and v. "
         "dora: of all six, with magnitudes. full: all weights are trained. none: blocks are copied and that is all.",
     )
-    start: Literal["copied", "random"] = Field(
-        "copied",
-        description="The student's weights at first: the teacher's; or drawn anew, which shows what copying is worth "
-        "and asks for adaptation full.",
+    start: Literal["refitted", "copied", "random"] = Field(
+        "refitted",
+        description="The student's weights at first. copied: the teacher's, as in the paper. refitted: copied, then "
+        "the last layer of each block is fitted in closed form, so that its tokens come near to those after the blocks "
+        "that it stands for. random: drawn anew, which shows what copying is worth and asks for adaptation full.",
     )
     rank: int | None = Field(
         None,
@@ -115,7 +116,7 @@ class TokenDistillationParams(Params):
         None,
         gt=0,
         le=1,
-        description="Highest learning rate of the one-cycle schedule. Empty: 1e-3, of full training 1e-4.",
+        description="Highest learning rate of the one-cycle schedule. Empty: 4e-3, of full training 1e-3.",
     )
     weight_decay: float = Field(0.05, ge=0, le=1, description="AdamW's decoupled weight decay.")
 

@@ -25,13 +25,14 @@ from models.runtime import autocast, generator, resolve_device, seed_weights
 from models.students import SHORTENED_VIT, block_selection, shortened_vit, vit_families
 from models.students.shortened_vit import Backbone, Shortening, TokenTap
 from models.teachers.protocol import Teacher
-from models.training import distillation, low_rank
+from models.training import block_refit, distillation, low_rank
 from models.training.checkpoint import History
 from models.training.loop import Schedule, fit
 
 _AT_ONCE = 64
-_LR, _LR_OF_ALL = 1e-3, 1e-4  # of low-rank updates; of full training
+_LR, _LR_OF_ALL = 4e-3, 1e-3  # of low-rank updates; of full training
 _BETAS = (0.9, 0.95)  # as in the paper
+_REFIT_TOKENS = 2**17  # of all views together
 _RANK_SHARE, _RANK_STEP = 6, 8  # the default rank is a sixth of the width, in steps of 8
 
 
@@ -176,6 +177,9 @@ def train(
     """The shortened network, its updates folded in, and the training curve. `pixels`: [N, 3, S, S], S the teacher's."""
     device = next(teacher.network.parameters()).device
     student = Steady(_first(teacher, shortening, params, seed))
+    pixels = pixels.to(device)
+    if params.start == "refitted":
+        _refit(student.network, teacher, shortening, pixels, params, seed, report)
     rank = rank_of(params, teacher)
     low_rank.attach(student.network, params.adaptation, rank, generator(seed, "updates"))
     if params.adaptation == "none":
@@ -189,7 +193,6 @@ def train(
         len(pixels) * params.views,
         params.memory_mib,
     )
-    pixels = pixels.to(device)
 
     def loss_at(step: int) -> Tensor:
         random = generator(seed, "batch", step)
@@ -279,11 +282,38 @@ def rank_of(params: TokenDistillationParams, teacher: Teacher) -> int:
 
 
 def _first(teacher: Teacher, shortening: Shortening, params: TokenDistillationParams, seed: int) -> nn.Module:
-    """The student before it is trained."""
-    if params.start == "copied":
-        return copy.deepcopy(shortened_vit.shorten(teacher.network, shortening.kept))
-    seed_weights(seed, "weights", SHORTENED_VIT)
-    return shortened_vit.drawn_anew(teacher, shortening)
+    """The student before it sees an image."""
+    if params.start == "random":
+        seed_weights(seed, "weights", SHORTENED_VIT)
+        return shortened_vit.drawn_anew(teacher, shortening)
+    return copy.deepcopy(shortened_vit.shorten(teacher.network, shortening.kept))
+
+
+def _refit(
+    student: nn.Module,
+    teacher: Teacher,
+    shortening: Shortening,
+    pixels: Pixels,
+    params: TokenDistillationParams,
+    seed: int,
+    report: Report,
+) -> None:
+    """Let each copied block make up for those that were left out before it, as far as its last layer can."""
+    with torch.no_grad(), TokenTap(teacher.network, [0]) as tap:
+        blank = torch.zeros(1, 3, teacher.input_size, teacher.input_size, device=pixels.device)
+        tokens_of_one = tap(blank)[0].shape[1]
+    views = min(_REFIT_TOKENS // tokens_of_one, len(pixels) * max(1, params.views))
+    count = -(-views // params.batch_size)
+    targets = TeacherTokens(teacher, list(shortening.matches), count * params.batch_size, params.memory_mib)
+
+    def batches() -> Iterator[tuple[Images, Tensor]]:
+        for number in range(count):
+            seen, _ = _draw(pixels, params, generator(seed, "refit", number))
+            ready = images.normalise(seen, teacher.mean, teacher.std)
+            rows = torch.arange(number * params.batch_size, (number + 1) * params.batch_size)
+            yield ready, targets(rows, ready)
+
+    block_refit.refit(student, batches, lambda _: report(0, params.steps))
 
 
 def _draw(pixels: Pixels, params: TokenDistillationParams, random: torch.Generator) -> tuple[Images, Tensor]:

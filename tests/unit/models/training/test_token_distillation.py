@@ -106,7 +106,8 @@ def test_training_that_was_stopped_goes_on_to_the_same_student(
         pass
 
     def stop(step: int, total: int, **metrics: float) -> None:
-        raise Stopped
+        if step:
+            raise Stopped
 
     whole = train(NoCheckpoints())
     checkpoints = FolderCheckpoints(tmp_path, every=0)
@@ -123,15 +124,41 @@ def test_training_that_was_stopped_goes_on_to_the_same_student(
 def test_full_training_changes_what_low_rank_training_leaves(teacher: Teacher) -> None:
     states = {}
     for adaptation in ("none", "enhanced_lora", "full"):
-        network, _ = token_distillation.train(
-            teacher, SHORTENING, PIXELS, params(adaptation=adaptation), 3, quiet, NoCheckpoints()
-        )
+        wanted = params(adaptation=adaptation, start="copied")
+        network, _ = token_distillation.train(teacher, SHORTENING, PIXELS, wanted, 3, quiet, NoCheckpoints())
         states[adaptation] = network.state_dict()
     copied = shortened_vit.shorten(teacher.network, SHORTENING.kept).state_dict()
     assert all(torch.equal(value, copied[name]) for name, value in states["none"].items())
     norm = "blocks.0.norm1.weight"
     assert torch.equal(states["enhanced_lora"][norm], copied[norm])
     assert not torch.equal(states["full"][norm], copied[norm])
+
+
+def test_refitted_blocks_are_nearer_to_the_teacher_than_copied_ones_and_leave_its_weights_alone(
+    teacher: Teacher,
+) -> None:
+    before = {name: value.clone() for name, value in teacher.network.state_dict().items()}
+    other = torch.randint(0, 256, PIXELS.shape, dtype=torch.uint8, generator=generator(1))
+    shown = images.normalise(other.float() / 255, teacher.mean, teacher.std)
+    with torch.no_grad(), TokenTap(teacher.network, SHORTENING.matches) as tap:
+        wanted = torch.stack(tap(shown))
+    away = {}
+    for start in ("copied", "refitted", "refitted again"):
+        student, _ = token_distillation.train(
+            teacher,
+            SHORTENING,
+            PIXELS,
+            params(adaptation="none", start=start.split()[0]),
+            3,
+            quiet,
+            NoCheckpoints(),
+        )
+        with torch.no_grad(), TokenTap(student, range(3)) as tap:
+            away[start] = (torch.stack(tap(shown)) - wanted).abs().mean((1, 2, 3))
+    assert (away["refitted"] < 0.9 * away["copied"]).all()
+    torch.testing.assert_close(away["refitted"], away["refitted again"], rtol=0, atol=0)
+    for name, value in teacher.network.state_dict().items():
+        assert torch.equal(value, before[name]), name
 
 
 def test_a_student_drawn_at_random_has_none_of_the_teachers_weights_and_learns(teacher: Teacher) -> None:
