@@ -285,7 +285,7 @@ def predict(
     """Ask a student about an image. Of one that gives class maps: write IMAGE.classes.png beside the image.
 
     Of an image over 1,024 pixels a side the map is of the image scaled down to that; the bundle's predict.py gives it
-    whole.
+    whole. --top and --precision are of labels only.
     """
     content = image.read_bytes()
     with service(url, key, Home(home)) as dram:

@@ -371,5 +371,8 @@ class AsyncStudents:
         return await self._dram.run(calls.predict(student_id, image, precision, top))
 
     async def class_map(self, student_id: str, image: Path | bytes) -> bytes:
-        """What each pixel of an image (JPEG, PNG or WebP) shows: a grey PNG whose values are numbers of classes."""
+        """What each pixel of an image (JPEG, PNG or WebP) shows: a grey PNG whose values are numbers of classes.
+
+        Of an image over 1,024 pixels a side it is a map of the image scaled down to that.
+        """
         return await self._dram.run(calls.class_map(student_id, image))

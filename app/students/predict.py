@@ -16,8 +16,10 @@ from app.datasets.one_image import ImageReader
 from app.settings import Settings
 from app.storage import BlobStore
 
-#: Students kept ready. They are small: a few megabytes each.
+#: Students kept ready: so many, and so many bytes of their files, but always the newest one. Most take a few megabytes;
+#: a shortened vision transformer may take hundreds.
 READY_STUDENTS = 16
+READY_BYTES = 512 * 2**20
 
 
 @dataclass(frozen=True)
@@ -28,10 +30,13 @@ class Score:
 
 @dataclass(frozen=True)
 class LoadedStudent:
-    """An onnxruntime session (safe to run from several threads) and the labels in the order of its scores."""
+    """An onnxruntime session (safe to run from several threads), the labels in the order of its scores, and the bytes of
+    its file.
+    """
 
     session: onnxruntime.InferenceSession
     labels: tuple[str, ...]
+    size: int
 
     @classmethod
     def load(cls, graph: bytes) -> LoadedStudent:
@@ -41,7 +46,7 @@ class LoadedStudent:
         options.log_severity_level = 3
         session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         labels = json.loads(session.get_modelmeta().custom_metadata_map["labels"])
-        return cls(session, tuple(str(label) for label in labels))
+        return cls(session, tuple(str(label) for label in labels), len(graph))
 
     def scores(self, pixels: np.ndarray) -> list[Score]:
         """`pixels`: uint8 [1, H, W, 3] RGB of any size. The most likely label first."""
@@ -94,6 +99,10 @@ class Predictor:
             loaded = LoadedStudent.load(file.read())
         with self._ready_lock:
             self._ready[digest] = loaded
-            while len(self._ready) > READY_STUDENTS:
+            while self._too_many():
                 self._ready.popitem(last=False)
         return loaded
+
+    def _too_many(self) -> bool:
+        weight = sum(student.size for student in self._ready.values())
+        return len(self._ready) > READY_STUDENTS or (len(self._ready) > 1 and weight > READY_BYTES)

@@ -137,6 +137,24 @@ def test_only_so_many_students_are_kept_ready(
     predictor.close()
 
 
+def test_students_kept_ready_take_only_so_many_bytes(
+    wiring: Wiring, store_graph: Callable[[list[str]], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predictor = predict.Predictor(wiring.settings, wiring.blobs)
+    digests = [store_graph([f"{number}r", "g", "b"]) for number in range(4)]
+    for digest in digests[:3]:
+        predictor.predict(digest, picture("#ff0000"))
+    most = sum(student.size for student in predictor._ready.values())
+    assert most > 0
+    monkeypatch.setattr(predict, "READY_BYTES", most)
+    predictor.predict(digests[3], picture("#ff0000"))
+    assert list(predictor._ready) == digests[1:]
+    monkeypatch.setattr(predict, "READY_BYTES", 1)
+    assert predictor.predict(digests[0], picture("#ff0000"))[0].label == "0r"
+    assert list(predictor._ready) == digests[:1]
+    predictor.close()
+
+
 def test_a_student_of_whole_images_gives_no_class_map(client: httpx.Client, student: str) -> None:
     answer = client.post(f"/v1/students/{student}/class-map", content=picture("#ff0000"))
     assert (answer.status_code, answer.json()["code"]) == (409, "student_answers_otherwise")
