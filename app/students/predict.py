@@ -30,8 +30,8 @@ class Score:
 
 @dataclass(frozen=True)
 class LoadedStudent:
-    """An onnxruntime session (safe to run from several threads), the labels in the order of its scores, and the bytes of
-    its file.
+    """An onnxruntime session (safe to run from several threads), the labels in the order of its scores, and how many
+    bytes its file has.
     """
 
     session: onnxruntime.InferenceSession

@@ -1,4 +1,4 @@
-"""What the benchmarks share: results that name no folder of a machine, targets that a run meets or not, draws in order."""
+"""What the benchmarks share: results that name no folder of a machine, targets, draws in order, intervals."""
 
 from __future__ import annotations
 
