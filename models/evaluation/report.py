@@ -327,7 +327,7 @@ def shortened(context: StageContext) -> dict[str, Any]:
         return {}
     trained_with, shortening = backbone["trained_with"], backbone["shortening"]
     about = {name: shortening[name] for name in ("kept", "depth", "rule")}
-    learnt = {name: trained_with[name] for name in ("adaptation", "rank")}
+    learnt = {name: trained_with[name] for name in ("start", "adaptation", "rank")}
     return {"shortened": {**about, **learnt, "interpolated_from": backbone["interpolated_from"]}}
 
 

@@ -243,7 +243,7 @@ def _shortened(about: Mapping[str, Any], input_size: int, teacher: AnyTeacher) -
         f"Besides, it is made of {plain(teacher.title)}, which saw data of its own before: of its {about['depth']}"
         f" blocks it has {len(about['kept'])} ({kept})"
     )
-    if about["adaptation"] != "none":
+    if about["adaptation"] != "none" or about["start"] == "refitted":
         how += "; it learned to give the tokens that the whole network gives to these images"
     if about["interpolated_from"]:
         how += (

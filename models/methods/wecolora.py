@@ -1,8 +1,9 @@
 """WeCoLoRA: a shorter vision transformer from every r-th block of a teacher's. Declares only.
 
-The student is the teacher with most of its blocks left out. Low-rank updates of the copied weights are learnt so that
-its last tokens become the teacher's, on images without labels; they are folded into the weights, and the teacher's
-few-shot head is fitted again to the student's features.
+The student is the teacher with most of its blocks left out. The last layer of each block that is kept is fitted in
+closed form to make up for those (beyond the paper). Then low-rank updates of the copied weights are learnt so that the
+last tokens become the teacher's, on images without labels; they are folded into the weights, and the teacher's few-shot
+head is fitted again to the student's features.
 
 Source: Grigore et al., "Weight Copy and Low-Rank Adaptation for Few-Shot Distillation of Vision Transformers",
 arXiv:2404.09326, section 3. Its reference code was not used.
@@ -77,7 +78,8 @@ class TokenDistillationParams(Params):
     adaptation: Literal["enhanced_lora", "lora", "dora", "full", "none"] = Field(
         "enhanced_lora",
         description="enhanced_lora: low-rank updates of q, k, v, proj, fc1 and fc2, the paper's. lora: of q and v. "
-        "dora: of all six, with magnitudes. full: all weights are trained. none: blocks are copied and that is all.",
+        "dora: of all six, with magnitudes. full: all weights are trained. none: nothing is trained, the student is "
+        "what it starts from.",
     )
     start: Literal["refitted", "copied", "random"] = Field(
         "refitted",
@@ -116,7 +118,8 @@ class TokenDistillationParams(Params):
         None,
         gt=0,
         le=1,
-        description="Highest learning rate of the one-cycle schedule. Empty: 4e-3, of full training 1e-3.",
+        description="Highest learning rate of the one-cycle schedule. Empty: 4e-3, of full training 1e-3, "
+        "less where the teacher is wider than 192 (a quarter of it at 768).",
     )
     weight_decay: float = Field(0.05, ge=0, le=1, description="AdamW's decoupled weight decay.")
 
@@ -228,6 +231,7 @@ DISTILL_TOKENS = Stage(
     optional=("support", "unlabelled"),
     params="distillation",
     weight=10.0,
+    version=2,
 )
 METHOD = Method(
     name="wecolora",
@@ -263,6 +267,7 @@ METHOD = Method(
             shards=stages.folds,
             needed=lambda shape, params: shape.test == 0,
             weight=40.0,
+            version=2,
         ),
         stages.EXAMINE,
         stages.TEACHER_GRAPH,

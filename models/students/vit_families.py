@@ -182,7 +182,8 @@ def linears_of(network: nn.Module) -> list[tuple[nn.Linear, tuple[Role, ...]]]:
         if missing:
             raise TeacherError(
                 f"block {number} of the teacher's network has no linear layer for {', '.join(sorted(missing))};"
-                f" it has {', '.join(named) or 'none'}"
+                f" it has {', '.join(named) or 'none'}",
+                "Choose another teacher, or distillation.start 'copied' and adaptation 'full', which need none.",
             )
         found += here
     return found

@@ -30,9 +30,11 @@ from models.training.checkpoint import History
 from models.training.loop import Schedule, fit
 
 _AT_ONCE = 64
-_LR, _LR_OF_ALL = 4e-3, 1e-3  # of low-rank updates; of full training
+#: Of low-rank updates, of full training: measured with the embedded ViT, of this width. Of wider teachers it is less.
+_LR, _LR_OF_ALL, _WIDTH_OF_LR = 4e-3, 1e-3, 192
 _BETAS = (0.9, 0.95)  # as in the paper
 _REFIT_TOKENS = 2**17  # of all views together
+_REFIT_CROPS = 64  # of each image, at most, where views are not fixed
 _RANK_SHARE, _RANK_STEP = 6, 8  # the default rank is a sixth of the width, in steps of 8
 
 
@@ -138,7 +140,8 @@ def distill(context: StageContext, params: TokenDistillationParams) -> None:
     network, history = train(
         teacher, shortening, pixels, params, context.seed, context.report, context.checkpoints
     )
-    trained_with = {**params.model_dump(), "rank": rank_of(params, teacher), "seed": context.seed}
+    chosen = {"rank": rank_of(params, teacher), "lr": lr_of(params, teacher)}
+    trained_with = {**params.model_dump(), **chosen, "seed": context.seed}
     Backbone.of(teacher, network, shortening, trained_with).save(context.output)
     (context.output / "history.json").write_text(json.dumps(history))
 
@@ -196,7 +199,7 @@ def train(
 
     def loss_at(step: int) -> Tensor:
         random = generator(seed, "batch", step)
-        seen, rows = _draw(pixels, params, random)
+        seen, rows = _draw(pixels, params, params.batch_size, random)
         ready = images.normalise(seen, teacher.mean, teacher.std)
         wanted = targets(rows, ready)
         with TokenTap(student.network, places) as tap:
@@ -204,8 +207,9 @@ def train(
         return (torch.stack(tokens, 1).float() - wanted.float()).abs().mean()
 
     low_rank.check_all_learn(student.network, lambda: loss_at(0))
-    lr = params.lr or (_LR_OF_ALL if params.adaptation == "full" else _LR)
-    schedule = Schedule(params.steps, lr, params.weight_decay, ema_decay=0.0, betas=_BETAS)
+    schedule = Schedule(
+        params.steps, lr_of(params, teacher), params.weight_decay, ema_decay=0.0, betas=_BETAS
+    )
     trained, history = fit(student, loss_at, schedule, report, checkpoints)
     network: nn.Module = trained.network  # type: ignore[assignment]
     low_rank.fold(network)
@@ -281,6 +285,17 @@ def rank_of(params: TokenDistillationParams, teacher: Teacher) -> int:
     return max(_RANK_STEP, round(teacher.embedding_dim / _RANK_SHARE / _RANK_STEP) * _RANK_STEP)
 
 
+def lr_of(params: TokenDistillationParams, teacher: Teacher) -> float:
+    """The learning rate that is asked for, else one that falls with the teacher's width, as Adam's should.
+
+    Source of the latter: Yang et al., "Tensor Programs V" (muTransfer), arXiv:2203.03466, table 3.
+    """
+    if params.lr is not None:
+        return params.lr
+    own = _LR_OF_ALL if params.adaptation == "full" else _LR
+    return own * min(1.0, _WIDTH_OF_LR / teacher.embedding_dim)
+
+
 def _first(teacher: Teacher, shortening: Shortening, params: TokenDistillationParams, seed: int) -> nn.Module:
     """The student before it sees an image."""
     if params.start == "random":
@@ -298,33 +313,35 @@ def _refit(
     seed: int,
     report: Report,
 ) -> None:
-    """Let each copied block make up for those that were left out before it, as far as its last layer can."""
+    """Bring the tokens after each copied block near to those that it should give (`Shortening.matches`)."""
     with torch.no_grad(), TokenTap(teacher.network, [0]) as tap:
         blank = torch.zeros(1, 3, teacher.input_size, teacher.input_size, device=pixels.device)
         tokens_of_one = tap(blank)[0].shape[1]
-    views = min(_REFIT_TOKENS // tokens_of_one, len(pixels) * max(1, params.views))
-    count = -(-views // params.batch_size)
-    targets = TeacherTokens(teacher, list(shortening.matches), count * params.batch_size, params.memory_mib)
+    of_each = params.views or _REFIT_CROPS
+    views = min(max(1, _REFIT_TOKENS // tokens_of_one), len(pixels) * of_each)
+    targets = TeacherTokens(teacher, list(shortening.matches), views, params.memory_mib)
 
     def batches() -> Iterator[tuple[Images, Tensor]]:
-        for number in range(count):
-            seen, _ = _draw(pixels, params, generator(seed, "refit", number))
+        for rows in torch.split(torch.arange(views), _AT_ONCE):
+            report(0, params.steps)
+            seen, _ = _draw(pixels, params, len(rows), generator(seed, "refit", int(rows[0])))
             ready = images.normalise(seen, teacher.mean, teacher.std)
-            rows = torch.arange(number * params.batch_size, (number + 1) * params.batch_size)
             yield ready, targets(rows, ready)
 
-    block_refit.refit(student, batches, lambda _: report(0, params.steps))
+    block_refit.refit(student, batches)
 
 
-def _draw(pixels: Pixels, params: TokenDistillationParams, random: torch.Generator) -> tuple[Images, Tensor]:
-    """A batch of views [B, 3, S, S] in 0..1, and the row [B] of each among the fixed views; -1 where none are fixed."""
-    chosen = torch.randint(len(pixels), (params.batch_size,), generator=random)
+def _draw(
+    pixels: Pixels, params: TokenDistillationParams, count: int, random: torch.Generator
+) -> tuple[Images, Tensor]:
+    """`count` views [B, 3, S, S] in 0..1, and the row [B] of each among the fixed views; -1 where none are fixed."""
+    chosen = torch.randint(len(pixels), (count,), generator=random)
     shown = pixels[chosen.to(pixels.device)].float() / 255
     if params.views == 0:
         whole = torch.tensor([[0.0, 0.0, 1.0, 1.0, 0.0]]).expand(len(chosen), -1)
         crops = augment.Augmentation(shift=0.0, crop=1 - params.smallest_crop, flip=True)
         return crops(shown, whole, random), torch.full_like(chosen, -1)
-    number = torch.randint(params.views, (params.batch_size,), generator=random)
+    number = torch.randint(params.views, (count,), generator=random)
     views = augment.view_boxes(chosen, number, params.smallest_crop)
     return augment.look(shown, views), chosen * params.views + number
 

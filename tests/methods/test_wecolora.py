@@ -111,6 +111,7 @@ def test_a_job_runs_from_images_to_a_bundle(finished: tuple[Path, local.LocalRun
         "kept": [1, 3, 5],
         "depth": 6,
         "rule": "last_of_group",
+        "start": "refitted",
         "adaptation": "enhanced_lora",
         "rank": 8,
         "interpolated_from": None,

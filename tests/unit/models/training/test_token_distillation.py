@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,11 +83,11 @@ def test_new_crops_are_never_kept(teacher: Teacher) -> None:
 
 
 def test_fixed_views_are_those_that_the_teacher_was_shown() -> None:
-    seen, rows = token_distillation._draw(PIXELS, params(views=3, batch_size=8), generator(5))
+    seen, rows = token_distillation._draw(PIXELS, params(views=3), 8, generator(5))
     image, number = rows // 3, rows % 3
     boxes = augment.view_boxes(image, number, 0.2)
     torch.testing.assert_close(seen, augment.look(PIXELS[image].float() / 255, boxes))
-    fresh, none = token_distillation._draw(PIXELS, params(views=0, batch_size=8), generator(5))
+    fresh, none = token_distillation._draw(PIXELS, params(views=0), 8, generator(5))
     assert (none == -1).all()
     assert fresh.shape == seen.shape
 
@@ -159,6 +160,26 @@ def test_refitted_blocks_are_nearer_to_the_teacher_than_copied_ones_and_leave_it
     torch.testing.assert_close(away["refitted"], away["refitted again"], rtol=0, atol=0)
     for name, value in teacher.network.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize("views", [0, 2])
+def test_blocks_are_refitted_to_a_single_image_too(teacher: Teacher, views: int) -> None:
+    wanted = params(adaptation="none", views=views)
+    student, history = token_distillation.train(
+        teacher, SHORTENING, PIXELS[:1], wanted, 3, quiet, NoCheckpoints()
+    )
+    copied = shortened_vit.shorten(teacher.network, SHORTENING.kept).state_dict()
+    changed = {name for name, value in student.state_dict().items() if not torch.equal(value, copied[name])}
+    assert changed == {f"blocks.{block}.mlp.fc2.{kind}" for block in range(3) for kind in ("weight", "bias")}
+    assert history == []
+
+
+def test_the_learning_rate_falls_with_the_teachers_width(teacher: Teacher) -> None:
+    for width, low_rank, full in ((48, 4e-3, 1e-3), (192, 4e-3, 1e-3), (768, 1e-3, 2.5e-4)):
+        wider = replace(teacher, embedding_dim=width)
+        assert token_distillation.lr_of(params(), wider) == pytest.approx(low_rank)
+        assert token_distillation.lr_of(params(adaptation="full"), wider) == pytest.approx(full)
+        assert token_distillation.lr_of(params(lr=0.5), wider) == 0.5
 
 
 def test_a_student_drawn_at_random_has_none_of_the_teachers_weights_and_learns(teacher: Teacher) -> None:
