@@ -70,7 +70,7 @@ ROWS: dict[str, dict[str, dict[str, Any]]] = {
     PAPER: {},
     RANDOM: {"distillation": {**FULL, "start": "random"}},
     "weight copy + plain LoRA": {"distillation": {"adaptation": "lora"}},
-    OURS: {"distillation": {**REFITTED, "lr": GENTLER}},
+    OURS: {"distillation": {**REFITTED, "lr": None}},
     "weight copy alone": {"distillation": {"adaptation": "none"}},
     "refitted blocks alone": {"distillation": {**REFITTED, "adaptation": "none"}},
     "weight copy + KD, at 4e-3": {"distillation": {**FULL, "lr": GENTLER}},

@@ -39,9 +39,8 @@ def refit(network: nn.Module, batches: Batches) -> None:
     """
     image = next(batches())[0][:1]
     for block in range(len(vit_families.blocks_of(network))):
-        front = shortened_vit.shorten(
-            network, range(block + 1)
-        )  # the same weights: what changes here changes there
+        # it shares its weights with the whole: what changes here changes there
+        front = shortened_vit.shorten(network, range(block + 1))
         layer = [linear for linear, roles in vit_families.linears_of(front) if roles == ("fc2",)][block]
         gain = _gain(front, block, layer, image)
         squares, products = _sums(front, block, layer, batches)
