@@ -33,7 +33,7 @@ UPLOADS: tuple[tuple[str, re.Pattern[str], Callable[[Settings], int]], ...] = (
     ("POST", re.compile(r"/v1/datasets"), lambda settings: settings.max_upload_bytes),
     (
         "POST",
-        re.compile(r"/v1/students/[^/]+/predict"),
+        re.compile(r"/v1/students/[^/]+/(predict|class-map)"),
         lambda settings: settings.max_image_bytes + _FORM_OVERHEAD,
     ),
     (

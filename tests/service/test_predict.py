@@ -159,3 +159,16 @@ def test_a_student_of_whole_images_gives_no_class_map(client: httpx.Client, stud
     answer = client.post(f"/v1/students/{student}/class-map", content=picture("#ff0000"))
     assert (answer.status_code, answer.json()["code"]) == (409, "student_answers_otherwise")
     assert "/predict" in answer.json()["detail"]
+
+
+def test_a_photograph_of_megabytes_reaches_whatever_a_student_answers_with(
+    client: httpx.Client, student: str
+) -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (800, 800, 3), np.uint8)
+    content = io.BytesIO()
+    Image.fromarray(pixels).save(content, "PNG")
+    assert content.tell() > 2**20
+    labels = client.post(f"/v1/students/{student}/predict", content=content.getvalue())
+    assert labels.status_code == 200, labels.text
+    class_map = client.post(f"/v1/students/{student}/class-map", content=content.getvalue())
+    assert class_map.json()["code"] == "student_answers_otherwise"

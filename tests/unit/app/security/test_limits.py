@@ -58,7 +58,10 @@ def database_url(tmp_path: Any, sqlite_template: Any) -> str:
     return f"sqlite:///{tmp_path / 'dram.db'}"
 
 
-@pytest.mark.parametrize("path", ["/v1/datasets", "/v1/datasets/", "/v1/students/stu_1/predict"])
+@pytest.mark.parametrize(
+    "path",
+    ["/v1/datasets", "/v1/datasets/", "/v1/students/stu_1/predict", "/v1/students/stu_1/class-map"],
+)
 def test_an_upload_without_a_key_is_answered_before_it_is_read(path: str, wiring: Wiring) -> None:
     exchange = Exchange(wiring, path, {"Content-Length": "30"}, [b"x" * 10] * 3).run()
     assert (exchange.status, json.loads(exchange.body)["code"]) == (401, "unauthenticated")
