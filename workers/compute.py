@@ -11,10 +11,12 @@ import os
 import resource
 import shutil
 import sys
+import tarfile
 import tempfile
 import threading
 import time
 import traceback
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
@@ -157,7 +159,11 @@ def _asking(claim: Mapping[str, Any], settings: Settings, voice: Voice) -> Itera
 
 
 class BlobCheckpoints:
-    """Checkpoints as blobs, so that another machine can go on from them."""
+    """Checkpoints as blobs, so that another machine can go on from them.
+
+    Each is one file that is like no other, whatever it holds: so nobody else names its blob, and the parent deletes it
+    as soon as two newer ones are there.
+    """
 
     def __init__(
         self, blobs: BlobStore, voice: Voice, folder: Path, newest: Mapping[str, Any] | None, pause_s: float
@@ -166,13 +172,13 @@ class BlobCheckpoints:
         self._pause_s, self._saved = pause_s, time.monotonic()
 
     def latest(self) -> Path | None:
-        """The newest checkpoint whose blobs are all there and whole, else the one before it."""
+        """The newest checkpoint whose blob is there and whole, else the one before it."""
         kept = self._newest
         while kept:
+            folder = self._folder / f"step-{kept['step']}"
             try:
-                return _fetched(
-                    self._blobs, kept["files"], self._folder / f"step-{kept['step']}", verify=True
-                )
+                _unpack(_fetched(self._blobs, kept["files"], folder, verify=True) / _PACK)
+                return folder
             except OSError as error:
                 print(f"checkpoint at step {kept['step']} is unusable: {error}", file=sys.stderr)
                 kept = kept.get("previous")
@@ -182,13 +188,33 @@ class BlobCheckpoints:
         return time.monotonic() - self._saved >= self._pause_s
 
     def save(self, step: int, write: Callable[[Path], None]) -> None:
-        folder = Path(tempfile.mkdtemp(prefix="saving-", dir=self._folder.parent))
-        write(folder)
-        files = _stored(self._blobs, folder)
+        with tempfile.TemporaryDirectory(prefix="saving-", dir=self._folder.parent) as folder:
+            content, packed = Path(folder, "content"), Path(folder, "packed")
+            content.mkdir()
+            packed.mkdir()
+            write(content)
+            _pack(content, packed / _PACK)
+            files = _stored(self._blobs, packed)
         self._voice.say("kept", step=step, files=files)
-        self._newest = {"step": step, "files": files, "previous": self._newest}
-        shutil.rmtree(folder)
+        previous = self._newest and {name: self._newest[name] for name in ("step", "files")}
+        self._newest = {"step": step, "files": files, "previous": previous}
         self._saved = time.monotonic()
+
+
+_PACK = "checkpoint.tar"
+
+
+def _pack(folder: Path, path: Path) -> None:
+    """Write the folder's content as a tar file whose header makes it unlike any other."""
+    with tarfile.open(path, "w", pax_headers={"comment": uuid.uuid4().hex}) as pack:
+        pack.add(folder, arcname=".")
+
+
+def _unpack(path: Path) -> None:
+    """Unfold a tar file where it lies, in its place."""
+    with tarfile.open(path) as pack:
+        pack.extractall(path.parent, filter="data")
+    path.unlink()
 
 
 def _fetched(blobs: BlobStore, files: Mapping[str, str], folder: Path, *, verify: bool = False) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -19,6 +19,7 @@ from app.errors import DramError
 from app.jobs import lifecycle, queries, service
 from app.jobs.lifecycle import Claim, JobError, LeaseLost, Ready
 from app.settings import Settings
+from app.storage import BlobStore
 from app.wiring import Wiring
 from models.methods import METHODS
 from workers.answering import Answering
@@ -121,9 +122,10 @@ def _computed(
             case Moved():
                 lease.progress(message.step, message.total, message.metrics)
             case Kept():
-                lease.finish(
+                forgotten = lease.finish(
                     partial(lifecycle.keep_checkpoint, held=claim, step=message.step, files=message.files)
                 )
+                _delete(wiring.blobs, forgotten)
             case Asked():
                 compute.reply(answering.reply(message.call, message.arguments))
             case Done():
@@ -152,6 +154,15 @@ def _computed(
                 return partial(lifecycle.fail, held=claim, error=error, settings=settings)
             case "lost":
                 raise LeaseLost(claim.shard_id)
+
+
+def _delete(blobs: BlobStore, checkpoints: Iterable[str]) -> None:
+    """Delete blobs of old checkpoints, which nobody else names. What fails now is left to retention."""
+    for digest in checkpoints:
+        try:
+            blobs.delete(digest)
+        except Exception as error:  # each kind of store has its own; no job fails for want of cleaning
+            log.warning("checkpoint_left", blob=digest, error=str(error))
 
 
 def _headers(wiring: Wiring, claim: Claim) -> dict[str, str]:

@@ -184,11 +184,18 @@ def renew(
     return "stalled" if clock - (shard.step_at or clock) > settings.stall_s else "go on"
 
 
-def keep_checkpoint(session: Session, held: Claim, step: int, files: dict[str, str]) -> None:
-    """Remember the newest checkpoint and the one before it. Raises LeaseLost."""
+def keep_checkpoint(session: Session, held: Claim, step: int, files: dict[str, str]) -> set[str]:
+    """Remember the newest checkpoint and the one before it. Returns the blobs of the third, which is forgotten.
+
+    Raises LeaseLost.
+    """
     _, _, shard = holding(session, held)
-    previous = shard.checkpoint and {name: shard.checkpoint[name] for name in ("step", "files")}
-    shard.checkpoint = {"step": step, "files": files, "previous": previous}
+    before, third = shard.checkpoint, None
+    if before is not None:
+        third = before["previous"]
+        before = {name: before[name] for name in ("step", "files")}
+    shard.checkpoint = {"step": step, "files": files, "previous": before}
+    return set() if third is None else set(third["files"].values())
 
 
 def complete(

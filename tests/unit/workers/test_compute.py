@@ -309,7 +309,6 @@ def two_checkpoints(bench: Bench) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def test_a_checkpoint_is_stored_told_and_found_by_the_next_attempt(bench: Bench) -> None:
     first, second = two_checkpoints(bench)
-    assert bench.content(second["files"]["state"]) == "at 20"
     assert found(bench, kept(second, kept(first))) == "at 20"
     assert found(bench, None) is None
     assert bench.left_behind() == []
@@ -332,12 +331,22 @@ def test_a_stage_finds_the_checkpoint_that_it_has_just_saved(bench: Bench) -> No
 @pytest.mark.parametrize("how", ["damaged", "missing"])
 def test_an_unusable_newest_checkpoint_falls_back_to_the_one_before(how: str, bench: Bench) -> None:
     first, second = two_checkpoints(bench)
-    path = bench.blobs.path(second["files"]["state"])
+    (digest,) = second["files"].values()
+    path = bench.blobs.path(digest)
     path.unlink()
     if how == "damaged":
         path.write_text("at 21")
     assert found(bench, kept(second, kept(first))) == "at 10"
     assert found(bench, kept(second)) is None
+
+
+def test_checkpoints_of_the_same_content_are_blobs_of_their_own(bench: Bench) -> None:
+    """So that one can be deleted though another is alike: of a job with the same order, or an output."""
+    first, second = (bench.run(lambda context, params: save(context, 10))[0] for _ in range(2))
+    assert set(first["files"].values()).isdisjoint(second["files"].values())
+    for digest in first["files"].values():
+        bench.blobs.delete(digest)
+    assert found(bench, kept(second)) == "at 10"
 
 
 def test_checkpoints_are_not_due_before_their_pause_is_over(bench: Bench) -> None:

@@ -227,6 +227,17 @@ def test_lost_work_is_tried_again_from_its_checkpoint_and_counted(database: Data
     assert types(database, job_id).count("stage.retried") == 1
 
 
+def test_the_two_newest_checkpoints_are_remembered_and_the_third_is_handed_back(database: Database) -> None:
+    claim = take(database, ready(database, submit(database))[0])
+    assert claim is not None
+    forgotten = []
+    for step in (10, 20, 30, 40):
+        with database.writing() as session:
+            files = {"state": f"blob-{step}"}
+            forgotten.append(lifecycle.keep_checkpoint(session, claim, step, files))
+    assert forgotten == [set(), set(), {"blob-10"}, {"blob-20"}]
+
+
 def test_work_that_always_loses_its_worker_fails_the_job_after_three_times(database: Database) -> None:
     job_id = submit(database)
     shard_id, other = ready(database, job_id)
