@@ -1,7 +1,8 @@
 """Logs with the ids of request, job, stage and shard; metrics by route template; the outermost middleware.
 
 The middleware is one thin ASGI layer, because every request pays for it: request id, security headers, metrics,
-access log, and the answer to an error that nobody foresaw.
+access log, and the answer to an error that nobody foresaw. It also refuses an address with NUL, which PostgreSQL takes
+in no text.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.contextvars import bind_contextvars, reset_contextvars
 
 from app import problem
-from app.errors import DramError
+from app.errors import BadRequest, DramError
 
 log = structlog.get_logger()
 
@@ -139,6 +140,7 @@ class Observed:
 
         tokens = bind_contextvars(request_id=request_id)
         try:
+            _check_address(scope)
             await self.app(scope, receive, send_with_headers)
         except ClientDisconnect:
             log.info("client_left")  # nobody is left to hear an answer
@@ -161,6 +163,14 @@ class Observed:
         quiet = status < 400 and method in ("GET", "HEAD") and seconds < _SLOW_S
         (log.debug if quiet else log.info)(
             "request", method=method, route=route, status=status, ms=round(seconds * 1000, 1)
+        )
+
+
+def _check_address(scope: Scope) -> None:
+    if "\0" in scope["path"] or b"%00" in scope.get("query_string", b""):
+        raise BadRequest(
+            "The address contains the character NUL (%00), and no id or name here does. Leave it out.",
+            code="address_invalid",
         )
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from typing import Any
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict
+from pydantic import AwareDatetime, BaseModel, ConfigDict, field_validator
 
 #: A moment. Tables hold seconds since 1970; pydantic reads them as UTC and writes RFC 3339 ("…Z").
 Time = AwareDatetime
@@ -20,6 +21,14 @@ class Order(BaseModel):
     """Base of every request body: an unknown name is an error, not a silence."""
 
     model_config = ConfigDict(extra="forbid")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_nul(cls, value: Any) -> Any:
+        """PostgreSQL takes it in no text."""
+        if isinstance(value, str) and "\0" in value:
+            raise ValueError("The text contains the character NUL (\\u0000). Leave it out")
+        return value
 
 
 def moment(seconds: float) -> datetime:

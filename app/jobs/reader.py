@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from itertools import groupby
 
+import sqlalchemy as sa
 from fastapi.concurrency import run_in_threadpool
 
 from app.jobs import service
@@ -16,6 +17,8 @@ from app.jobs.service import Reading
 from app.wiring import Wiring
 
 _Key = tuple[str, str]  # tenant, job
+#: The database answers nobody at present; to ask again for each caller would only make all wait longer.
+_AWAY = (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError)
 
 
 class JobReader:
@@ -41,19 +44,32 @@ class JobReader:
     async def _answer(self) -> None:
         while self._asked:
             asked, self._asked = self._asked, {}
+            found: dict[_Key, Reading | Exception]
             try:
                 found = await run_in_threadpool(self._look, sorted(asked))
             except Exception as error:
-                for future in asked.values():
-                    future.set_exception(error)
-            else:
-                for key, future in asked.items():
-                    future.set_result(found.get(key))
+                found = dict.fromkeys(asked, error)
+            for key, future in asked.items():
+                answer = found.get(key)
+                if isinstance(answer, Exception):
+                    future.set_exception(answer)
+                else:
+                    future.set_result(answer)
         self._answering = None
 
-    def _look(self, keys: list[_Key]) -> dict[_Key, Reading]:
-        found: dict[_Key, Reading] = {}
-        for tenant, group in groupby(keys, key=lambda key: key[0]):
-            readings = service.read(self._wiring, tenant, [job_id for _, job_id in group])
-            found |= {(tenant, job_id): reading for job_id, reading in readings.items()}
+    def _look(self, keys: list[_Key]) -> dict[_Key, Reading | Exception]:
+        """What exists of these. Where they cannot be read together each is read alone: one caller's trouble is not
+        the others'."""
+        found: dict[_Key, Reading | Exception] = {}
+        try:
+            for tenant, group in groupby(keys, key=lambda key: key[0]):
+                readings = service.read(self._wiring, tenant, [job_id for _, job_id in group])
+                found |= {(tenant, job_id): reading for job_id, reading in readings.items()}
+        except _AWAY:
+            raise
+        except Exception as error:
+            if len(keys) == 1:
+                return {keys[0]: error}
+            for key in keys:
+                found |= self._look([key])
         return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 import time
@@ -13,8 +14,10 @@ import httpx
 import pytest
 import sqlalchemy as sa
 
+from app.errors import NotFound
 from app.jobs import lifecycle
 from app.jobs.lifecycle import Claim
+from app.jobs.reader import JobReader
 from app.jobs.tables import Job, JobStage, Shard
 from app.wiring import Wiring
 from tests.conftest import Gateway
@@ -226,6 +229,31 @@ def test_callers_who_poll_at_once_each_get_their_own_job_as_it_is_now(
             thread.join()
     assert {entry for entry in seen if entry[1] == 200} == {(mine, 200, "cancelled"), (theirs, 200, "queued")}
     assert sum(entry[1] == 404 for entry in seen) == len(seen) // 2
+
+
+def test_what_cannot_be_read_of_one_caller_is_read_of_the_others(
+    client: httpx.Client, wiring: Wiring, dataset: str
+) -> None:
+    job_id = submit(client, dataset)["id"]
+
+    async def together() -> list[Any]:
+        reader = JobReader(wiring)
+        asked = [("default", job_id), ("default", "job_\0"), ("other", job_id)]
+        return await asyncio.gather(*(reader.read(*key) for key in asked), return_exceptions=True)
+
+    mine, broken, foreign = asyncio.run(together())
+    assert json.loads(mine.document)["id"] == job_id
+    assert isinstance(broken, Exception)  # PostgreSQL takes no NUL; SQLite finds no such job
+    assert isinstance(foreign, NotFound)
+
+
+def test_the_character_nul_is_refused_wherever_it_is_sent(client: httpx.Client, dataset: str) -> None:
+    for path in ("/v1/jobs/%00", "/v1/jobs/%00/events", "/v1/students/%00", "/v1/jobs?after=%00"):
+        answer = client.get(path)
+        assert (answer.status_code, answer.json()["code"]) == (400, "address_invalid"), path
+    for name in ("dataset_id", "teacher_id"):
+        answer = client.post("/v1/jobs", json={**ORDER, "dataset_id": dataset, name: "tch_\0"})
+        assert (answer.status_code, answer.json()["errors"][0]["pointer"]) == (422, f"/{name}")
 
 
 def test_a_scope_is_needed_to_order_and_to_read(gateway: Gateway, dataset: str) -> None:
