@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from datetime import UTC, datetime
 from typing import Any
 
@@ -9,6 +10,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, field_validator
 
 #: A moment. Tables hold seconds since 1970; pydantic reads them as UTC and writes RFC 3339 ("…Z").
 Time = AwareDatetime
+_NOT_TEXT = re.compile("[\0\ud800-\udfff]")
 
 
 class Answer(BaseModel):
@@ -24,10 +26,17 @@ class Order(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_nul(cls, value: Any) -> Any:
-        """PostgreSQL takes it in no text."""
-        if isinstance(value, str) and "\0" in value:
-            raise ValueError("The text contains the character NUL (\\u0000). Leave it out")
+    def _can_be_stored(cls, value: Any) -> Any:
+        """No database takes these characters as text, at whatever depth they stand."""
+        waiting = [value]
+        while waiting:
+            held = waiting.pop()
+            if isinstance(held, dict):
+                waiting += [*held, *held.values()]
+            elif isinstance(held, list):
+                waiting += held
+            elif isinstance(held, str) and _NOT_TEXT.search(held):
+                raise ValueError("A text contains NUL or half a surrogate pair, which is no character")
         return value
 
 
