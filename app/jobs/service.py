@@ -57,9 +57,17 @@ class Submitted:
 def submit(
     wiring: Wiring, principal: Principal, order: JobOrder, idempotency_key: str | None = None
 ) -> Submitted:
-    """Check the order, write the job with its stages, and ring for the stages that can start."""
+    """Check the order, write the job with its stages, and ring for the stages that can start.
+
+    An order whose idempotency key was used is not checked again: its job is there, whatever has changed since.
+    """
+    request = digest(order.model_dump())
+    if idempotency_key is not None:
+        with wiring.database.reading() as session:
+            used = session.get(IdempotencyKey, (principal.tenant, idempotency_key))
+            if used is not None:
+                return Submitted(_replay(session, principal, used, request), replayed=True)
     choice = ordering.choose(wiring, principal, order)
-    request = digest(order.model_dump(mode="json"))
     for name, document in choice.documents.items():
         _store(wiring, name, document)
     with wiring.database.writing() as session:

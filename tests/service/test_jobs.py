@@ -18,7 +18,7 @@ from app.errors import NotFound
 from app.jobs import lifecycle
 from app.jobs.lifecycle import Claim
 from app.jobs.reader import JobReader
-from app.jobs.tables import Job, JobStage, Shard
+from app.jobs.tables import Job, JobStage, Shard, Worker
 from app.wiring import Wiring
 from tests.conftest import Gateway
 from tests.service.stack import few_shot_zip
@@ -148,6 +148,23 @@ def test_the_same_idempotency_key_gives_the_same_job_and_another_order_is_refuse
         assert session.scalar(sa.select(sa.func.count()).select_from(Job)) == 1
 
 
+def test_a_repeated_order_is_answered_with_its_job_though_it_could_not_be_made_any_more(
+    client: httpx.Client, wiring: Wiring, dataset: str
+) -> None:
+    order, headers = {**ORDER, "dataset_id": dataset}, {"Idempotency-Key": "once"}
+    first = client.post("/v1/jobs", json=order, headers=headers)
+    with wiring.database.writing() as session:  # the only worker finds the teacher gone
+        gone = {ORDER["teacher_id"]: [False, "Its weights are damaged."]}
+        session.add(Worker(id="w", queues=["gpu", "cpu"], device="cpu", teachers=gone, generators={}))
+    refused = client.post("/v1/jobs", json=order, headers={"Idempotency-Key": "another"})
+    assert refused.json()["code"] == "teacher_unavailable"
+    again = client.post("/v1/jobs", json=order, headers=headers)
+    assert again.status_code == 201, again.text
+    assert (again.json()["id"], again.headers["idempotent-replayed"]) == (first.json()["id"], "true")
+    other = client.post("/v1/jobs", json={**order, "seed": 5}, headers=headers)
+    assert other.json()["code"] == "idempotency_key_reused"
+
+
 def test_many_posts_with_one_idempotency_key_at_once_make_one_job(gateway: Gateway, dataset: str) -> None:
     answers: list[httpx.Response] = []
 
@@ -247,12 +264,13 @@ def test_what_cannot_be_read_of_one_caller_is_read_of_the_others(
     assert isinstance(foreign, NotFound)
 
 
-def test_the_character_nul_is_refused_wherever_it_is_sent(client: httpx.Client, dataset: str) -> None:
+def test_what_is_no_character_is_refused_wherever_it_is_sent(client: httpx.Client, dataset: str) -> None:
     for path in ("/v1/jobs/%00", "/v1/jobs/%00/events", "/v1/students/%00", "/v1/jobs?after=%00"):
         answer = client.get(path)
         assert (answer.status_code, answer.json()["code"]) == (400, "address_invalid"), path
-    for name in ("dataset_id", "teacher_id"):
-        answer = client.post("/v1/jobs", json={**ORDER, "dataset_id": dataset, name: "tch_\0"})
+    for name, value in (("dataset_id", "ds_\0"), ("teacher_id", "tch_\ud800"), ("params", {"\ud800": [1]})):
+        order = json.dumps({**ORDER, "dataset_id": dataset, name: value})  # half a pair is sent as \ud800
+        answer = client.post("/v1/jobs", content=order, headers={"Content-Type": "application/json"})
         assert (answer.status_code, answer.json()["errors"][0]["pointer"]) == (422, f"/{name}")
 
 
