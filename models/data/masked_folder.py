@@ -8,6 +8,7 @@ classes.txt                                   names, one a line, the first for v
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from models.arrays import Mask
@@ -43,8 +44,8 @@ def pack(root: Path, out: Path) -> dict[str, Path]:
 
 def _pairs(root: Path) -> list[tuple[Path, Path]]:
     """Images and their masks, which have the same name but for the suffix."""
-    pictures = {path.stem: path for path in fewshot.image_files(root / "images")}
-    found = {path.stem: path for path in sorted((root / "masks").glob("*.png"))}
+    pictures = _by_stem(fewshot.image_files(root / "images"))
+    found = _by_stem(path for path in fewshot.image_files(root / "masks") if path.suffix.lower() == ".png")
     for name in sorted(pictures.keys() ^ found.keys()):
         lone, where = (pictures[name], "masks") if name in pictures else (found[name], "images")
         raise DataError(
@@ -53,6 +54,20 @@ def _pairs(root: Path) -> list[tuple[Path, Path]]:
     if not pictures:
         raise DataError(f"{root.name}/images/ holds no image", "Add some, and their masks to masks/.")
     return [(pictures[name], found[name]) for name in sorted(pictures)]
+
+
+def _by_stem(paths: Iterable[Path]) -> dict[str, Path]:
+    """Files by their name without suffix. Raises `DataError` for two of one name: they would share a mask."""
+    found: dict[str, Path] = {}
+    for path in paths:
+        if path.stem in found:
+            first, second = (f"{each.parent.name}/{each.name}" for each in (found[path.stem], path))
+            raise DataError(
+                f"{first} and {second} have the same name but for folder and suffix",
+                "Rename one of them, and its mask.",
+            )
+        found[path.stem] = path
+    return found
 
 
 def _mask_of(picture: Path, mask: Path) -> Mask:

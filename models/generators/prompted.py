@@ -36,8 +36,8 @@ def run_for_tokens(context: StageContext, params: GenerationParams) -> None:
     if "support" in context.inputs:
         classes = archive.read_index(context.folder("support") / archive.FILE_NAME).classes
     generator = generators.read_spec(context.folder("generator"))
-    size = min(generator.resolution, teachers.read_spec(context.folder("teacher")).input_size)
-    _make(context, classes, size, params.images, params)
+    size = params.size or teachers.read_spec(context.folder("teacher")).input_size
+    _make(context, classes, min(generator.resolution, size), params.images, params)
 
 
 def _make(

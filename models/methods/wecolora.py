@@ -60,8 +60,15 @@ class GenerationParams(DrawingParams):
     images: int = Field(
         0,
         ge=0,
-        le=20_000,  # they are held in memory at the teacher's size, for a moment twice: 3 GB of 224 px
+        le=20_000,  # they are held in memory at the student's size, for a moment twice: 3 GB of 224 px
         description="How many, of the classes' names in turn. 0: none, and no generator.",
+    )
+    size: int | None = Field(
+        None,
+        ge=28,
+        le=1024,
+        description="Side in pixels that they are kept at; never more than the generator's own. Empty: that of the "
+        "student's images.",
     )
 
 
@@ -146,20 +153,31 @@ class StudentHeadParams(Params):
     )
 
 
-class WecoloraParams(Params):
+class ShorteningParams(Params):
+    """What every method has that shortens a vision transformer."""
+
     blocks: BlocksParams = Field(
         BlocksParams(), description="Which of the teacher's blocks the student keeps."
     )
-    teacher: stages.TeacherParams = Field(
-        stages.TeacherParams(), description="What the teacher is shown for its own classifier."
-    )
-    head: stages.HeadParams = Field(stages.HeadParams(), description="The teacher's few-shot classifier.")
     generation: GenerationParams = Field(
         GenerationParams(), description="Images that are made to learn from, besides the given ones."
     )
     distillation: TokenDistillationParams = Field(
         TokenDistillationParams(), description="How the student is trained."
     )
+
+    @model_validator(mode="after")
+    def _made_as_large_as_learnt(self) -> Self:
+        size = self.generation.size or self.distillation.input_size
+        object.__setattr__(self, "generation", self.generation.model_copy(update={"size": size}))
+        return self
+
+
+class WecoloraParams(ShorteningParams):
+    teacher: stages.TeacherParams = Field(
+        stages.TeacherParams(), description="What the teacher is shown for its own classifier."
+    )
+    head: stages.HeadParams = Field(stages.HeadParams(), description="The teacher's few-shot classifier.")
     student_head: StudentHeadParams = Field(
         StudentHeadParams(), description="The classifier on the student's features."
     )

@@ -21,8 +21,8 @@ from pydantic import Field
 
 from models import stages
 from models.methods import wecolora
-from models.methods.wecolora import BlocksParams, GenerationParams, TokenDistillationParams
-from models.pipeline import Method, Params, Stage, StageContext, TeacherOutput
+from models.methods.wecolora import ShorteningParams
+from models.pipeline import Method, Stage, StageContext, TeacherOutput
 from models.students import SHORTENED_VIT
 
 
@@ -32,16 +32,7 @@ class FeatureEvaluationParams(stages.EvaluationParams):
     )
 
 
-class WecoloraFeaturesParams(Params):
-    blocks: BlocksParams = Field(
-        BlocksParams(), description="Which of the teacher's blocks the student keeps."
-    )
-    generation: GenerationParams = Field(
-        GenerationParams(), description="Images that are made to learn from, besides the given ones."
-    )
-    distillation: TokenDistillationParams = Field(
-        TokenDistillationParams(), description="How the student is trained."
-    )
+class WecoloraFeaturesParams(ShorteningParams):
     evaluation: FeatureEvaluationParams = Field(FeatureEvaluationParams(), description="The report.")
 
 

@@ -23,7 +23,7 @@ from pydantic import Field
 
 from models import stages
 from models.methods import wecolora
-from models.methods.wecolora import BlocksParams, GenerationParams, TokenDistillationParams
+from models.methods.wecolora import ShorteningParams, TokenDistillationParams
 from models.pipeline import JobShape, Method, Params, Stage, StageContext, TeacherOutput
 from models.students import SHORTENED_VIT
 
@@ -46,16 +46,7 @@ class DenseHeadParams(Params):
     )
 
 
-class WecoloraSegmentationParams(Params):
-    blocks: BlocksParams = Field(
-        BlocksParams(), description="Which of the teacher's blocks the student keeps."
-    )
-    generation: GenerationParams = Field(
-        GenerationParams(), description="Images that are made to learn tokens from, besides the given ones."
-    )
-    distillation: TokenDistillationParams = Field(
-        TokenDistillationParams(), description="How the student is trained."
-    )
+class WecoloraSegmentationParams(ShorteningParams):
     dense_head: DenseHeadParams = Field(
         DenseHeadParams(), description="The linear layer on the tokens of patches."
     )

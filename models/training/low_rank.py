@@ -80,23 +80,32 @@ class Magnitudes(nn.Module):
 
 def attach(network: nn.Module, adaptation: Adaptation, rank: int, random: torch.Generator) -> None:
     """Make `network` learn as `adaptation` says; all else is frozen. Raises `TrainingError` for too high a rank."""
+    check_rank(network, adaptation, rank)
     network.requires_grad_(adaptation == "full")
-    if adaptation not in ROLES:
-        return
-    adapted = ROLES[adaptation]
-    for layer, roles in vit_families.linears_of(network):
-        if not set(roles) & set(adapted):
-            continue
-        most = min(layer.in_features, layer.out_features // len(roles))
-        if rank > most:
-            raise TrainingError(
-                f"rank {rank} is more than the teacher's layers have: {most}",
-                f"Choose a rank of at most {most}; about a sixth of the width is usual.",
-            )
-        update = LowRankUpdate(layer.weight, roles, adapted, rank, random)
+    for layer, roles in _adapted(network, adaptation):
+        update = LowRankUpdate(layer.weight, roles, ROLES[adaptation], rank, random)
         parametrize.register_parametrization(layer, "weight", update)
         if adaptation == "dora":
             parametrize.register_parametrization(layer, "weight", Magnitudes(layer.weight))
+
+
+def check_rank(network: nn.Module, adaptation: Adaptation, rank: int) -> None:
+    """Raise `TrainingError` where `rank` is more than the smallest side of a weight that learns."""
+    sides = [
+        min(layer.in_features, layer.out_features // len(roles))
+        for layer, roles in _adapted(network, adaptation)
+    ]
+    if sides and rank > min(sides):
+        raise TrainingError(
+            f"rank {rank} is more than the teacher's layers have: {min(sides)}",
+            f"Choose a rank of at most {min(sides)}; about a sixth of the width is usual.",
+        )
+
+
+def _adapted(network: nn.Module, adaptation: Adaptation) -> list[tuple[nn.Linear, tuple[Role, ...]]]:
+    """The layers that get low-rank updates, with what the parts of each do."""
+    wanted = set(ROLES.get(adaptation, ()))
+    return [(layer, roles) for layer, roles in vit_families.linears_of(network) if wanted & set(roles)]
 
 
 def fold(network: nn.Module) -> None:

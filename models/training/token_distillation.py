@@ -9,13 +9,14 @@ import copy
 import json
 from collections.abc import Iterator
 from dataclasses import asdict
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
 
 from models import teachers
 from models.arrays import Images, Pixels
-from models.data import augment, images
+from models.data import archive, augment, images
 from models.errors import TrainingError
 from models.evaluation.depth_latency import DepthTimer, Timed
 from models.generators import shards
@@ -30,6 +31,7 @@ from models.training.checkpoint import History
 from models.training.loop import Schedule, fit
 
 _AT_ONCE = 64
+_FEW_TOKENS = 256
 #: Of low-rank updates, of full training: measured with the embedded ViT, of this width. Of wider teachers it is less.
 _LR, _LR_OF_ALL, _WIDTH_OF_LR = 4e-3, 1e-3, 192
 _BETAS = (0.9, 0.95)  # as in the paper
@@ -50,7 +52,9 @@ def shorten(context: StageContext, params: BlocksParams) -> None:
         whole = sum(
             value.numel() for value in shortened_vit.shorten(teacher.network, range(depth)).parameters()
         )
-        r = block_selection.smallest_r(depth, whole - depth * block, block, params.most_parameters)
+        r = block_selection.smallest_r(
+            params.rule, depth, whole - depth * block, block, params.most_parameters
+        )
     timed: list[Timed] = []
     if params.most_latency is not None:
         smallest = r if params.most_parameters is not None else 2
@@ -77,16 +81,11 @@ def _fast_enough(
     was measured. Raises `TrainingError` where none does.
     """
     depth = len(vit_families.blocks_of(teacher.network))
-    if not choices:
-        raise TrainingError(
-            f"the teacher has {depth} block: none can be left out for a latency",
-            "Leave blocks.most_latency out, or choose a deeper teacher.",
-        )
+    block_selection.checked(depth, 2)
     timer = DepthTimer(teacher)
     for done, r in enumerate(choices):
         report(done, len(choices))
-        blocks = len(block_selection.first_of_group(depth, r)) if rule == "first_of_group" else depth // r
-        if timer(blocks).share <= most:
+        if timer(block_selection.count(rule, depth, r)).share <= most:
             return r, timer.timed
     least = min(timed.share for timed in timer.timed)
     raise TrainingError(
@@ -157,7 +156,8 @@ def load_teacher(context: StageContext, params: TokenDistillationParams) -> Teac
 def read_pixels(context: StageContext, size: int) -> Pixels:
     """All images that there are to learn from, [N, 3, size, size]: labelled, unlabelled, synthetic ones."""
     pixels, _ = distillation.read_images(context, size)
-    return torch.cat([pixels, read_synthetic(context, size)])
+    synthetic = read_synthetic(context, size)
+    return torch.cat([pixels, synthetic]) if len(synthetic) else pixels
 
 
 def read_synthetic(context: StageContext, size: int) -> Pixels:
@@ -181,13 +181,14 @@ def train(
     device = next(teacher.network.parameters()).device
     student = Steady(_first(teacher, shortening, params, seed))
     pixels = pixels.to(device)
+    rank = rank_of(params, teacher)
+    low_rank.check_rank(student.network, params.adaptation, rank)
     if params.start == "refitted":
         _refit(student.network, teacher, shortening, pixels, params, seed, report)
-    rank = rank_of(params, teacher)
     low_rank.attach(student.network, params.adaptation, rank, generator(seed, "updates"))
     if params.adaptation == "none":
         return student.network, []
-    if device.type == "cpu":
+    if device.type == "cpu" and tokens_of_image(teacher) <= _FEW_TOKENS:
         _without_fused_attention(student.network)
     places = range(len(shortening.kept)) if params.match == "all" else [len(shortening.kept) - 1]
     targets = TeacherTokens(
@@ -278,6 +279,14 @@ class TeacherTokens:
         return self._store
 
 
+@torch.no_grad()
+def tokens_of_image(teacher: Teacher) -> int:
+    """How many tokens the teacher makes of an image."""
+    blank = torch.zeros(1, 3, teacher.input_size, teacher.input_size)
+    with TokenTap(teacher.network, [0]) as tap:
+        return tap(blank.to(next(teacher.network.parameters()).device))[0].shape[1]
+
+
 def rank_of(params: TokenDistillationParams, teacher: Teacher) -> int:
     """The rank that is asked for, else about a sixth of the teacher's width: 128 of 768, 32 of 192."""
     if params.rank is not None:
@@ -314,11 +323,8 @@ def _refit(
     report: Report,
 ) -> None:
     """Bring the tokens after each copied block near to those that it should give (`Shortening.matches`)."""
-    with torch.no_grad(), TokenTap(teacher.network, [0]) as tap:
-        blank = torch.zeros(1, 3, teacher.input_size, teacher.input_size, device=pixels.device)
-        tokens_of_one = tap(blank)[0].shape[1]
     of_each = params.views or _REFIT_CROPS
-    views = min(max(1, _REFIT_TOKENS // tokens_of_one), len(pixels) * of_each)
+    views = min(max(1, _REFIT_TOKENS // tokens_of_image(teacher)), len(pixels) * of_each)
     targets = TeacherTokens(teacher, list(shortening.matches), views, params.memory_mib)
 
     def batches() -> Iterator[tuple[Images, Tensor]]:
@@ -347,13 +353,22 @@ def _draw(
 
 
 def _some_images(context: StageContext, size: int, count: int) -> Pixels:
-    """Up to `count` images, evenly from the labelled and then the unlabelled ones."""
-    pixels, _ = distillation.read_images(context, size)
-    return pixels[torch.linspace(0, len(pixels) - 1, min(count, len(pixels))).long()]
+    """Up to `count` images, evenly from the labelled and then the unlabelled ones; only those are decoded."""
+    paths = [
+        context.folder(name) / archive.FILE_NAME
+        for name in ("support", "unlabelled")
+        if name in context.inputs
+    ]
+    total = sum(len(archive.read_index(path).images) for path in paths)
+    chosen = set(torch.linspace(0, total - 1, min(count, total)).long().tolist())
+    contents = chain.from_iterable(archive.contents(path) for path in paths)
+    return images.squares(
+        ((image.name, content) for at, (image, content) in enumerate(contents) if at in chosen), size
+    )
 
 
 def _without_fused_attention(network: nn.Module) -> None:
-    """On a CPU its backward pass takes longer than the plain one where tokens are few."""
+    """On a CPU its backward pass takes longer than the plain one where tokens are few; that keeps T x T numbers."""
     for module in network.modules():
         if isinstance(getattr(module, "fused_attn", None), bool):
             module.fused_attn = False  # type: ignore[assignment]

@@ -19,10 +19,10 @@ from models.errors import TeacherError, TrainingError
 from models.generators import GeneratorSpec
 from models.methods import METHODS
 from models.pipeline import JobShape, StageContext
-from models.students import SHORTENED_VIT, shortened_vit
+from models.students import SHORTENED_VIT, block_selection, shortened_vit
 from models.students.shortened_vit import Shortening
 from models.teachers import TeacherSpec
-from models.training import token_distillation
+from models.training import distillation, token_distillation
 from models.training.loop import NoCheckpoints
 from tests import tiny_diffusion, tiny_vit
 
@@ -244,6 +244,17 @@ def test_it_learns_from_images_that_a_generator_makes_of_the_classes_names(
     assert f"7 images that Random weights, a generator, made of {origin}" in card
 
 
+def test_images_are_made_as_large_as_the_student_s_are_unless_said_otherwise() -> None:
+    for name in ("wecolora", "wecolora_features", "wecolora_segmentation"):
+        for given, size in (
+            ({}, None),
+            ({"distillation": {"input_size": 40}}, 40),
+            ({"distillation": {"input_size": 40}, "generation": {"size": 56}}, 56),
+        ):
+            params: Any = METHODS[name].resolve("draft", given)
+            assert params.generation.size == size
+
+
 def test_without_generated_images_a_job_reads_no_generator() -> None:
     for name in ("wecolora", "wecolora_features", "wecolora_segmentation"):
         assert not METHODS[name].draws(METHODS[name].resolve("best", {}))
@@ -299,8 +310,38 @@ def test_of_a_teacher_of_one_block_nothing_can_be_left_out(
 ) -> None:
     spec = tiny_vit.write(tmp_path / "teacher", depth=1)
     splits = splits_of(finished[1], "support")
-    with pytest.raises(TrainingError, match="the teacher has 1 block: none can be left out for a latency"):
+    with pytest.raises(TrainingError, match="the teacher has 1 block: none can be left out"):
         distil(splits, spec, tmp_path, "shortened", blocks={"most_latency": 0.5})
+
+
+def test_influence_is_measured_on_images_from_all_over_the_job(
+    finished: tuple[Path, local.LocalRun],
+) -> None:
+    context = context_of(finished[1], {"support": 12, "unlabelled": 6})
+    whole, _ = distillation.read_images(context, tiny_vit.SIDE)
+    some = token_distillation._some_images(context, tiny_vit.SIDE, 5)
+    assert torch.equal(some, whole[[0, 4, 8, 12, 17]])
+    assert torch.equal(token_distillation._some_images(context, tiny_vit.SIDE, 99), whole)
+
+
+def test_r_follows_from_a_number_of_parameters(
+    finished: tuple[Path, local.LocalRun], spec: TeacherSpec, tmp_path: Path
+) -> None:
+    splits = splits_of(finished[1], "support")
+    teacher = teachers.load(spec)
+    depth = tiny_vit.DEPTH
+    sizes = {
+        r: sum(
+            value.numel()
+            for value in shortened_vit.shorten(
+                teacher.network, block_selection.last_of_group(depth, r)
+            ).parameters()
+        )
+        for r in (2, 3)
+    }
+    for most, r in ((sizes[2], 2), (sizes[2] - 1, 3)):
+        run = distil(splits, spec, tmp_path, "shortened", blocks={"most_parameters": most})
+        assert Shortening.load(run.folder("shortened")).kept == block_selection.last_of_group(depth, r)
 
 
 @pytest.mark.parametrize("most", [0.95, 0.5])

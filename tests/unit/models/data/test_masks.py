@@ -122,6 +122,16 @@ def test_a_folder_with_a_mistake_is_refused_with_the_file(
     assert caught.value.hint
 
 
+def test_two_images_of_one_name_are_refused_and_capital_suffixes_taken(tmp_path: Path) -> None:
+    root = rendered_masks.write(tmp_path / "set", support=3, test=0)
+    (root / "masks" / "0.png").rename(root / "masks" / "0.PNG")
+    index = archive.read_index(masked_folder.pack(root, tmp_path / "splits")["support"] / archive.FILE_NAME)
+    assert len(index.images) == 3
+    (root / "images" / "1.jpg").write_bytes((root / "images" / "1.png").read_bytes())
+    with pytest.raises(DataError, match=r"images/1\.jpg and images/1\.png have the same name but for"):
+        masked_folder.pack(root, tmp_path / "out")
+
+
 def test_an_archive_without_masks_has_the_bytes_that_it_always_had(tmp_path: Path) -> None:
     image = archive.ArchivedImage("0.png", 1, "b/0.png")
     archive.write(tmp_path / "a.zip", archive.ArchiveIndex(("a", "b"), (image,)), [b"content"])

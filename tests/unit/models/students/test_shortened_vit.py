@@ -57,6 +57,18 @@ def test_a_shortened_network_runs_the_kept_blocks_with_the_teachers_weights(name
     assert not torch.allclose(skipping, tokens(network, 3)[0], atol=1e-4)
 
 
+@pytest.mark.parametrize("name", NETWORKS)
+@torch.no_grad()
+def test_a_student_of_all_blocks_gives_the_teachers_features_with_all_of_its_weights(name: str) -> None:
+    network = a_network(name)
+    whole = copy.deepcopy(shortened_vit.shorten(network, range(DEPTH))).train(False).requires_grad_(True)
+    torch.testing.assert_close(whole(IMAGES), network(IMAGES))
+    with torch.enable_grad():
+        whole(IMAGES).square().sum().backward()
+    idle = {path for path, value in whole.named_parameters() if value.grad is None}
+    assert not {path for path in idle if "mask_token" not in path}
+
+
 @pytest.mark.parametrize(
     ("name", "adaptation"),
     [*((name, "enhanced_lora") for name in NETWORKS), ("timm EVA", "dora"), ("transformers ViT", "dora")],
@@ -196,11 +208,27 @@ def test_the_blocks_that_change_least_are_left_out_first() -> None:
 
 
 def test_a_budget_gives_the_smallest_r_that_fits() -> None:
-    assert block_selection.smallest_r(12, stem=100, block=50, budget=400) == 2
-    assert block_selection.smallest_r(12, stem=100, block=50, budget=399) == 3
-    assert block_selection.smallest_r(12, stem=100, block=50, budget=150) == 12
+    def smallest(budget: int, depth: int = 12, rule: str = "last_of_group") -> int:
+        return block_selection.smallest_r(rule, depth, stem=100, block=50, budget=budget)
+
+    assert (smallest(400), smallest(399), smallest(150)) == (2, 3, 7)
     with pytest.raises(TrainingError, match="at most 149 parameters: with one block it has 150"):
-        block_selection.smallest_r(12, stem=100, block=50, budget=149)
+        smallest(149)
+    # of 32 blocks, one of every three: 10, or 11 where the first of each group is kept
+    assert (smallest(600, 32), smallest(600, 32, "influence"), smallest(600, 32, "first_of_group")) == (
+        3,
+        3,
+        4,
+    )
+    for rule, choose in (
+        ("first_of_group", block_selection.first_of_group),
+        ("last_of_group", block_selection.last_of_group),
+    ):
+        for depth in range(2, 40):
+            for r in range(2, depth + 1):
+                assert block_selection.count(rule, depth, r) == len(choose(depth, r))
+    with pytest.raises(TrainingError, match="the teacher has 1 block: none can be left out"):
+        smallest(1000, depth=1)
 
 
 def test_each_kept_block_is_to_get_what_it_got_in_the_teacher() -> None:
@@ -250,6 +278,29 @@ def test_a_size_that_does_not_divide_into_patches_is_refused_with_those_that_do(
     ) as caught:
         shortened_vit.check_size(teacher)
     assert "40 or 48" in caught.value.hint
+
+
+def test_the_size_that_a_teacher_was_trained_on_need_not_divide_into_its_patches(tmp_path: Path) -> None:
+    spec = tiny_vit.write(tmp_path, img_size=36)  # as SigLIP's images of 384 pixels and patches of 14
+    teacher = teachers.load(spec, input_size=36)
+    shortened_vit.check_size(teacher)
+    assert teacher.embed(torch.rand(2, 3, 36, 36, generator=generator(2))).shape == (2, tiny_vit.WIDTH)
+    with pytest.raises(TeacherError, match="44 pixels do not divide"):
+        shortened_vit.check_size(teachers.load(spec, input_size=44))
+
+
+@pytest.mark.parametrize(
+    ("name", "interpolates"),
+    [("timm ViT", True), ("timm BEiT", True), ("transformers SigLIP", True), ("timm DINOv3", False)],
+)
+def test_positions_that_were_learnt_are_interpolated_and_rotations_are_not(
+    name: str, interpolates: bool
+) -> None:
+    network = a_network(name)
+    for size in (SIDE, 48):
+        teacher = Teacher(network, size, tiny_vit.MEAN, tiny_vit.STD, 24, {"own_size": SIDE})
+        expected = SIDE if interpolates and size != SIDE else None
+        assert shortened_vit.interpolated_from(teacher) == expected
 
 
 def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from models import runtime, teachers
 from models.data import augment, images
+from models.errors import TrainingError
 from models.local import FolderCheckpoints
 from models.methods.wecolora import TokenDistillationParams
 from models.runtime import generator
@@ -133,6 +134,45 @@ def test_full_training_changes_what_low_rank_training_leaves(teacher: Teacher) -
     norm = "blocks.0.norm1.weight"
     assert torch.equal(states["enhanced_lora"][norm], copied[norm])
     assert not torch.equal(states["full"][norm], copied[norm])
+
+
+@pytest.mark.parametrize("match", ["last", "all"])
+def test_the_loss_is_the_mean_absolute_error_of_all_tokens_after_the_blocks_that_are_compared(
+    teacher: Teacher, match: str
+) -> None:
+    wanted = params(start="copied", steps=1, match=match)
+    _, history = token_distillation.train(teacher, SHORTENING, PIXELS, wanted, 3, quiet, NoCheckpoints())
+    seen, _ = token_distillation._draw(PIXELS, wanted, wanted.batch_size, generator(3, "batch", 0))
+    ready = images.normalise(seen, teacher.mean, teacher.std)
+    student = shortened_vit.shorten(teacher.network, SHORTENING.kept)
+    with torch.no_grad():
+        with TokenTap(student, range(3)) as tap:
+            found = torch.stack(tap(ready))
+        with TokenTap(teacher.network, SHORTENING.matches) as tap:
+            away = (found - torch.stack(tap(ready))).abs()
+    by_hand = away.mean() if match == "all" else away[-1].mean()
+    assert history[0]["loss"] == pytest.approx(float(by_hand), rel=1e-3)
+
+
+def test_too_high_a_rank_is_refused_before_blocks_are_fitted(
+    teacher: Teacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fitted: list[object] = []
+    monkeypatch.setattr(token_distillation.block_refit, "refit", lambda *given: fitted.append(given))
+    with pytest.raises(TrainingError, match="rank 49 is more than the teacher's layers have: 48"):
+        token_distillation.train(teacher, SHORTENING, PIXELS, params(rank=49), 3, quiet, NoCheckpoints())
+    assert not fitted
+
+
+@pytest.mark.parametrize(("few", "fused"), [(17, False), (16, True)])
+def test_attention_that_keeps_all_its_weights_is_for_few_tokens_alone(
+    teacher: Teacher, monkeypatch: pytest.MonkeyPatch, few: int, fused: bool
+) -> None:
+    """The tiny teacher makes 17 tokens of an image."""
+    monkeypatch.setattr(token_distillation, "_FEW_TOKENS", few)
+    wanted = params(start="copied", steps=1)
+    network, _ = token_distillation.train(teacher, SHORTENING, PIXELS, wanted, 3, quiet, NoCheckpoints())
+    assert {bool(block.attn.fused_attn) for block in network.blocks} == {fused}
 
 
 def test_refitted_blocks_are_nearer_to_the_teacher_than_copied_ones_and_leave_its_weights_alone(
