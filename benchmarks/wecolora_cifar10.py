@@ -58,11 +58,14 @@ PENALTY = 1e-3
 AT_ONCE = 256
 QUICK_ROWS = 5
 
-COPIED, PAPER, RANDOM, OURS = "weight copy + KD", "WeCoLoRA", "random + KD", "refitted blocks + enhanced LoRA"
-#: The distillation of every row, but for what the row changes.
+COPIED, PAPER, RANDOM = "weight copy + KD", "WeCoLoRA", "random + KD"
+OURS = "blocks by influence, refitted, enhanced LoRA"
+#: The distillation of every row, and its rule of blocks, but for what the row changes.
 SHARED = {"start": "copied", "lr": LEARNING_RATE}
+RULE = "last_of_group"
 FULL = {"adaptation": "full"}
 REFITTED = {"start": "refitted"}
+INFLUENCE = {"rule": "influence"}
 #: What each row changes in the parameters, the most telling first. The paper's are the first four; the fifth is Dram's
 #: default, at its default learning rate.
 ROWS: dict[str, dict[str, dict[str, Any]]] = {
@@ -70,12 +73,17 @@ ROWS: dict[str, dict[str, dict[str, Any]]] = {
     PAPER: {},
     RANDOM: {"distillation": {**FULL, "start": "random"}},
     "weight copy + plain LoRA": {"distillation": {"adaptation": "lora"}},
-    OURS: {"distillation": {**REFITTED, "lr": None}},
+    OURS: {"blocks": INFLUENCE, "distillation": {**REFITTED, "lr": None}},
+    "refitted blocks + enhanced LoRA": {"distillation": {**REFITTED, "lr": None}},
     "weight copy alone": {"distillation": {"adaptation": "none"}},
     "refitted blocks alone": {"distillation": {**REFITTED, "adaptation": "none"}},
     "weight copy + KD, at 4e-3": {"distillation": {**FULL, "lr": GENTLER}},
     "WeCoLoRA, at 4e-3": {"distillation": {"lr": GENTLER}},
-    "WeCoLoRA, blocks by influence": {"blocks": {"rule": "influence"}},
+    "WeCoLoRA, blocks by influence": {"blocks": INFLUENCE},
+    "all weights, blocks by influence, refitted": {
+        "blocks": INFLUENCE,
+        "distillation": {**FULL, **REFITTED, "lr": GENTLER},
+    },
     "WeCoLoRA, after every block": {"distillation": {"match": "all"}},
     "WeCoLoRA, the first of every r blocks": {"blocks": {"rule": "first_of_group"}},
     "WeCoLoRA, with magnitudes (DoRA)": {"distillation": {"adaptation": "dora"}},
@@ -134,7 +142,7 @@ def parameters(row: str, setting: Setting, quick: bool) -> Params:
     changed = ROWS[row]
     budget = {"steps": 3, "batch_size": 8} if quick else {"steps": setting.updates}
     shared: dict[str, dict[str, Any]] = {
-        "blocks": {"r": setting.r, "images": 4 if quick else 64},
+        "blocks": {"rule": RULE, "r": setting.r, "images": 4 if quick else 64},
         "distillation": {**SHARED, **budget},
     }
     return METHOD.resolve(
