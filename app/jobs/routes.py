@@ -17,7 +17,16 @@ from app.jobs import samples as sampling
 from app.jobs import service
 from app.jobs.events import TERMINAL
 from app.jobs.reader import JobReader
-from app.jobs.schemas import CurvePoint, EventView, JobOrder, JobView, PlanView, SampleView, Status
+from app.jobs.schemas import (
+    LARGEST_NUMBER,
+    CurvePoint,
+    EventView,
+    JobOrder,
+    JobView,
+    PlanView,
+    SampleView,
+    Status,
+)
 from app.paging import Limit, Page
 from app.problem import documented
 from app.security.dependencies import Wired, allowed, caller
@@ -30,6 +39,7 @@ Reader = Annotated[Principal, allowed("jobs:read")]
 Writer = Annotated[Principal, allowed("jobs:write")]
 
 LONGEST_WAIT_S = 60.0
+_EVENT_NUMBER = re.compile("[0-9]{1,15}")  # below LARGEST_NUMBER
 _POLL_S = 0.25
 _PING_S = 15.0
 
@@ -133,12 +143,12 @@ async def events(
     wired: Wired,
     principal: Reader,
     limit: Limit = 100,
-    after: Annotated[int, Query(ge=0, description="Number of the last event seen.")] = 0,
+    after: Annotated[int, Query(ge=0, le=LARGEST_NUMBER, description="Number of the last event seen.")] = 0,
     last_event_id: Annotated[str | None, Header()] = None,
 ) -> Response:
     """What happened to the job, oldest first. `Accept: text/event-stream` follows it until it ends."""
     if last_event_id is not None:
-        if not last_event_id.isdigit():
+        if not _EVENT_NUMBER.fullmatch(last_event_id):
             raise BadRequest(f"Last-Event-ID must be the number of an event, not '{last_event_id[:40]}'.")
         after = int(last_event_id)
     found = await run_in_threadpool(service.events_after, wired, principal, job_id, after, limit + 1)
@@ -162,7 +172,7 @@ def samples(
     wired: Wired,
     principal: Reader,
     limit: Limit = 20,
-    after: Annotated[int, Query(ge=0, description="Number of the last sample seen.")] = 0,
+    after: Annotated[int, Query(ge=0, le=LARGEST_NUMBER, description="Number of the last sample seen.")] = 0,
 ) -> Page[SampleView]:
     """The synthetic images of a job, as far as it has made them, with what the teacher says of each."""
     found, has_more = sampling.page(wired, principal, job_id, limit, after)

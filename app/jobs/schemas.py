@@ -12,6 +12,9 @@ from models.pipeline import Preset
 Status = Literal["queued", "running", "cancelling", "succeeded", "failed", "cancelled"]
 StageStatus = Literal["waiting", "ready", "running", "succeeded", "reused", "failed", "cancelled"]
 
+#: Of counts and positions in a request: the largest that every JSON reader keeps, and both databases.
+LARGEST_NUMBER = 2**53 - 1
+
 
 class JobOrder(Order):
     """What to distil, with which teacher, into which student."""
@@ -33,7 +36,10 @@ class JobOrder(Order):
         "fp32", description="int8 adds a quantised graph if accuracy holds."
     )
     query_budget: int | None = Field(
-        None, ge=0, description="Most questions that the job may put to its teacher, repeated ones included."
+        None,
+        ge=0,
+        le=LARGEST_NUMBER,
+        description="Most questions that the job may put to its teacher, repeated ones included.",
     )
     metadata: dict[str, str] = Field({}, max_length=16, description="Your own labels, returned as they are.")
     cancel_after_s: float | None = Field(

@@ -331,8 +331,20 @@ def test_events_are_listed_and_followed_until_the_job_ends(
     assert list(stream(client, job_id, last=streamed[-1][0])) == []  # nothing follows: the stream ends
     page = client.get(f"/v1/jobs/{job_id}/events", params={"limit": 2, "after": 2}).json()
     assert ([event["id"] for event in page["data"]], page["has_more"]) == ([3, 4], True)
-    bad = client.get(f"/v1/jobs/{job_id}/events", headers={"Last-Event-ID": "x"})
-    assert (bad.status_code, bad.json()["code"]) == (400, "bad_request")
+    for last in (b"x", b"\xb2", b"9" * 20, b""):  # the second is ², a digit that is no number
+        bad = client.get(f"/v1/jobs/{job_id}/events", headers={b"Last-Event-ID": last})
+        assert (bad.status_code, bad.json()["code"]) == (400, "bad_request"), last
+
+
+@pytest.mark.parametrize("number", [2**53, 10**20])
+def test_numbers_that_no_database_keeps_are_refused(client: httpx.Client, dataset: str, number: int) -> None:
+    job_id = submit(client, dataset)["id"]
+    for path in ("events", "samples"):
+        answer = client.get(f"/v1/jobs/{job_id}/{path}", params={"after": number})
+        assert (answer.status_code, answer.json()["errors"][0]["pointer"]) == (422, "/query/after"), path
+        assert client.get(f"/v1/jobs/{job_id}/{path}", params={"after": 2**53 - 1}).json()["data"] == []
+    answer = client.post("/v1/jobs", json={**ORDER, "dataset_id": dataset, "query_budget": number})
+    assert (answer.status_code, answer.json()["errors"][0]["pointer"]) == (422, "/query_budget")
 
 
 def stream(client: httpx.Client, job_id: str, last: int = 0) -> Iterator[tuple[int, str]]:
