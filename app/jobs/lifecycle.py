@@ -87,8 +87,12 @@ class Claim:
 
 
 def lock(session: Session, job_id: str) -> Job:
-    """The job's row, locked until the write unit ends (SQLite locks as a whole)."""
-    return session.execute(sa.select(Job).where(Job.id == job_id).with_for_update()).scalar_one()
+    """The job's row as it is once it is locked, until the write unit ends (SQLite locks as a whole).
+
+    What the session has read of it before may have changed while this waited for the lock.
+    """
+    select = sa.select(Job).where(Job.id == job_id).with_for_update()
+    return session.execute(select, execution_options={"populate_existing": True}).scalar_one()
 
 
 def move(session: Session, job: Job, status: str) -> None:

@@ -175,6 +175,16 @@ def test_a_stage_gets_the_outputs_of_all_shards_of_its_inputs_in_order(database:
     assert claim.inputs["student"] == [{"student.json": "d2"}]
 
 
+def test_a_locked_job_is_as_it_is_then_and_not_as_it_was_read_before(database: Database) -> None:
+    job_id = submit(database)
+    with database.reading() as session:  # without a transaction: SQLite's would let nobody else write
+        job = session.get_one(Job, job_id)
+        with database.writing() as other:
+            lifecycle.request_cancel(other, lifecycle.lock(other, job_id))
+        assert lifecycle.lock(session, job_id) is job
+        assert job.status == "cancelled"
+
+
 def test_a_shard_is_claimed_once_however_often_it_is_rung(database: Database) -> None:
     job_id = submit(database)
     shard_id = ready(database, job_id)[0]
