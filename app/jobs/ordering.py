@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session
 
 from app.catalogue import generators
 from app.datasets import service as datasets
+from app.datasets.report import capped
 from app.errors import Finding, Invalid
 from app.jobs import plan
 from app.jobs.schemas import JobOrder
@@ -27,7 +28,9 @@ from models.teachers import TeacherSpec
 _SOURCE_WORDS = {"support": "labelled images", "unlabelled": "unlabelled images", "test": "a test split"}
 #: Sources that the order names, so that no data set lacks them.
 _NAMED = ("teacher", "student", "generator")
+#: What one answer repeats: so many reasons or names, and of a name that was sent so many characters.
 _MOST_NAMED = 10
+_LONGEST_NAME = 64
 
 
 @dataclass(frozen=True)
@@ -79,9 +82,7 @@ def choose(wiring: Wiring, principal: Principal, order: JobOrder) -> Choice:
     except Invalid as error:
         findings.append(Finding(error.code, "/generator_id", error.detail))
     if findings or method is None or params is None or teacher is None:
-        raise Invalid(
-            " ".join(finding.detail for finding in findings), code=findings[0].code, findings=tuple(findings)
-        )
+        raise _refused(findings)
     _check_teacher(wiring, order, method, teacher)
     documents: dict[str, Any] = {
         "teacher.json": teacher.spec.model_dump(mode="json"),
@@ -113,6 +114,16 @@ def plan_work(session: Session, principal: Principal, order: JobOrder, choice: C
     _check_budget(order, queries)
     return Work(
         sources, shape, plan.stages(choice.method, shape, sources, choice.params, order.seed), queries
+    )
+
+
+def _refused(findings: Sequence[Finding]) -> Invalid:
+    told = " ".join(finding.detail for finding in findings[:_MOST_NAMED])
+    more = len(findings) - _MOST_NAMED
+    return Invalid(
+        told + (f" There are {more} more reasons, see errors." if more > 0 else ""),
+        code=findings[0].code,
+        findings=capped(findings),
     )
 
 
@@ -250,12 +261,14 @@ def _overrides(order: JobOrder) -> dict[str, Any]:
 
 def _unknown(what: str, pointer: str, given: str, valid: Iterable[str]) -> Finding:
     return Finding(
-        f"unknown_{what}", pointer, f"There is no {what} '{given}'; there are: {', '.join(sorted(valid))}."
+        f"unknown_{what}",
+        pointer,
+        f"There is no {what} '{given[:_LONGEST_NAME]}'; there are: {', '.join(sorted(valid))}.",
     )
 
 
 def _parameter_finding(method: Method, problem: Any) -> Finding:
-    path = [str(part) for part in problem["loc"]]
+    path = [str(part)[:_LONGEST_NAME] for part in problem["loc"]]
     name = ".".join(path)
     if problem["type"] != "extra_forbidden":
         return Finding(

@@ -123,6 +123,23 @@ def test_every_mistake_of_an_order_is_told_at_once(client: httpx.Client, dataset
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+@pytest.mark.parametrize(
+    "names", [[f"x{number}" for number in range(50_000)], ["x" * 500_000]], ids=["many", "long"]
+)
+def test_an_order_of_many_mistakes_gets_a_short_answer(
+    client: httpx.Client, dataset: str, names: list[str]
+) -> None:
+    wrong = dict.fromkeys(names, 0)
+    order = {**ORDER, "dataset_id": dataset, "params": wrong, "student": names[-1]}
+    answer = client.post("/v1/jobs", json=order)
+    assert (answer.status_code, answer.json()["code"]) == (422, "unknown_student")
+    told = [error["code"] for error in answer.json()["errors"]]
+    assert told.count("unknown_parameter") == min(len(names), 99)
+    assert ("more_findings" in told) == (len(names) > 99)
+    assert len(answer.content) < 50_000
+
+
 def test_a_teacher_that_cannot_be_had_is_refused_with_the_reason(client: httpx.Client, dataset: str) -> None:
     teachers = client.get("/v1/teachers", params={"limit": 100}).json()["data"]
     missing = [teacher["id"] for teacher in teachers if not teacher["available"]]
