@@ -105,6 +105,10 @@ class Conflict(DramError):
     status, code, title = 409, "conflict", "Not possible in the present state"
 
 
+class Gone(DramError):
+    status, code, title = 410, "gone", "No longer here"
+
+
 class TooLarge(DramError):
     status, code, title = 413, "too_large", "Request too large"
 

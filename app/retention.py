@@ -1,5 +1,5 @@
-"""Forgets what nobody needs any more: old stage outputs, teachers' answers, idempotency keys, worker rows, and blobs
-without a row."""
+"""Forgets what nobody needs any more: old stage outputs, teachers' answers, idempotency keys, worker rows; the images
+of deleted data sets; and blobs without a row."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sqlalchemy as sa
 import structlog
 from sqlalchemy.orm import Session
 
-from app.datasets.tables import Dataset
+from app.datasets.tables import Dataset, DatasetImage
 from app.db import now
 from app.jobs.lifecycle import DONE, FINISHED
 from app.jobs.tables import IdempotencyKey, Job, Shard, StageOutput, TeacherAnswer, Worker
@@ -34,6 +34,7 @@ def sweep(wiring: Wiring) -> int:
         for table in (IdempotencyKey, TeacherAnswer):
             session.execute(sa.delete(table).where(table.created_at < now() - age))
         session.execute(sa.delete(Worker).where(Worker.seen_at < now() - _WORKER_MEMORY_S))
+        _let_go(session, sa.and_(Job.status.in_(FINISHED), Job.finished_at < now() - age))
     candidates = list(wiring.blobs.older_than(YOUNG_S))
     with wiring.database.reading() as session:
         named = set(_named(session))
@@ -41,6 +42,18 @@ def sweep(wiring: Wiring) -> int:
     wiring.blobs.tidy()
     log.info("swept", blobs=swept)
     return swept
+
+
+def _let_go(session: Session, ended: sa.ColumnElement[bool]) -> None:
+    """Jobs that ended long ago keep no checkpoint, nor what deleted data sets were made of: they cannot be retried."""
+    long_ago = Shard.job_id.in_(sa.select(Job.id).where(ended))
+    session.execute(
+        sa.update(Shard).where(Shard.checkpoint.is_not(None), long_ago).values(checkpoint=sa.null())
+    )
+    deleted = sa.select(Dataset.id).where(Dataset.deleted_at.is_not(None))
+    held = sa.cast(Job.sources, sa.String) != "{}"
+    session.execute(sa.update(Job).where(ended, held, Job.dataset_id.in_(deleted)).values(sources={}))
+    session.execute(sa.delete(DatasetImage).where(DatasetImage.dataset_id.in_(deleted)))
 
 
 def _named(session: Session) -> Iterable[str]:
@@ -53,7 +66,7 @@ def _named(session: Session) -> Iterable[str]:
         yield from (digest for source in sources.values() for digest in source["files"].values())
     for files in session.scalars(sa.select(StageOutput.files)):
         yield from files.values()
-    for files in session.scalars(sa.select(Student.files)):
+    for files in session.scalars(sa.select(Student.files).where(Student.deleted_at.is_(None))):
         yield from files.values()
     unfinished = sa.and_(Shard.checkpoint.is_not(None), Shard.status.not_in(DONE))
     for checkpoint in session.scalars(sa.select(Shard.checkpoint).where(unfinished)):

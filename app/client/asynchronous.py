@@ -318,6 +318,10 @@ class AsyncJobs:
         """Let a failed or cancelled job go on where it stopped."""
         return await self._dram.run(calls.retry_job(job_id))
 
+    async def delete(self, job_id: str) -> None:
+        """Delete a finished job, but not the student that it made."""
+        await self._dram.run(calls.delete_job(job_id))
+
     def events(self, job_id: str, *, after: int = 0) -> AsyncIterator[JobEvent]:
         """Events after number `after` as they happen, until the job is finished."""
         return self._dram.follow(job_id, after)
@@ -351,6 +355,9 @@ class AsyncStudents:
 
     async def list(self, *, limit: int | None = None, after: str | None = None) -> Page[Student]:
         return await self._dram.run(calls.list_students(limit, after))
+
+    async def delete(self, student_id: str) -> None:
+        await self._dram.run(calls.delete_student(student_id))
 
     async def report(self, student_id: str) -> dict[str, Any]:
         return await self._dram.run(calls.student_report(student_id))

@@ -221,6 +221,10 @@ def retry_job(job_id: str) -> Flow[Job]:
     return Job.model_validate(response.json())
 
 
+def delete_job(job_id: str) -> Flow[None]:
+    yield Call("DELETE", f"/v1/jobs/{job_id}")
+
+
 def list_events(job_id: str, limit: int | None, after: int | None) -> Flow[Page[JobEvent]]:
     return _list(f"/v1/jobs/{job_id}/events", JobEvent, limit, after)
 
@@ -245,6 +249,10 @@ def get_student(student_id: str) -> Flow[Student]:
 
 def list_students(limit: int | None, after: str | None) -> Flow[Page[Student]]:
     return _list("/v1/students", Student, limit, after)
+
+
+def delete_student(student_id: str) -> Flow[None]:
+    yield Call("DELETE", f"/v1/students/{student_id}")
 
 
 def student_report(student_id: str) -> Flow[dict[str, Any]]:

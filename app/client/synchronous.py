@@ -318,6 +318,10 @@ class Jobs:
         """Let a failed or cancelled job go on where it stopped."""
         return self._dram.run(calls.retry_job(job_id))
 
+    def delete(self, job_id: str) -> None:
+        """Delete a finished job, but not the student that it made."""
+        self._dram.run(calls.delete_job(job_id))
+
     def events(self, job_id: str, *, after: int = 0) -> Iterator[JobEvent]:
         """Events after number `after` as they happen, until the job is finished."""
         return self._dram.follow(job_id, after)
@@ -347,6 +351,9 @@ class Students:
 
     def list(self, *, limit: int | None = None, after: str | None = None) -> Page[Student]:
         return self._dram.run(calls.list_students(limit, after))
+
+    def delete(self, student_id: str) -> None:
+        self._dram.run(calls.delete_student(student_id))
 
     def report(self, student_id: str) -> dict[str, Any]:
         return self._dram.run(calls.student_report(student_id))

@@ -126,10 +126,19 @@ def cancel(job_id: str, wired: Wired, principal: Writer) -> JobView:
     return service.cancel(wired, principal, job_id)
 
 
-@router.post("/{job_id}/retry", response_model=JobView, status_code=202, responses=documented(404, 409))
+@router.post("/{job_id}/retry", response_model=JobView, status_code=202, responses=documented(404, 409, 410))
 def retry(job_id: str, wired: Wired, principal: Writer) -> JobView:
-    """Continue a failed or cancelled job from what it had finished; 409 for any other."""
+    """Continue a failed or cancelled job from what it had finished; 409 for any other.
+
+    410 when its data set was deleted and the job ended longer ago than DRAM_RETENTION_DAYS: its images are gone.
+    """
     return service.retry(wired, principal, job_id)
+
+
+@router.delete("/{job_id}", status_code=204, responses=documented(404, 409))
+def delete(job_id: str, wired: Wired, principal: Writer) -> None:
+    """Delete a job that has ended, with its events, curves and checkpoints; 409 while it has not. Its student stays."""
+    service.delete(wired, principal, job_id)
 
 
 @router.get(
@@ -166,7 +175,7 @@ def metrics(job_id: str, wired: Wired, principal: Reader) -> Response:
     return _json(Page[CurvePoint](data=points, has_more=False).model_dump_json())
 
 
-@router.get("/{job_id}/samples", responses=documented(404))
+@router.get("/{job_id}/samples", responses=documented(404, 410))
 def samples(
     job_id: str,
     wired: Wired,
@@ -184,7 +193,7 @@ def samples(
     response_class=Response,
     responses={
         200: {"content": {"image/png": {"schema": {"type": "string", "format": "binary"}}}},
-        **documented(404),
+        **documented(404, 410),
     },
 )
 def sample_image(

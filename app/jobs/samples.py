@@ -21,7 +21,7 @@ from PIL import Image
 from sqlalchemy.orm import Session
 
 from app.db import owned
-from app.errors import NotFound
+from app.errors import Gone, NotFound
 from app.jobs import service, tensors
 from app.jobs.schemas import OriginView, SampleScore, SampleView
 from app.jobs.tables import JobStage, Shard, StageOutput
@@ -209,6 +209,11 @@ class Made:
 def _read(wiring: Wiring, principal: Principal, job_id: str) -> Made:
     with wiring.database.reading() as session:
         job = service.find(session, principal, job_id)
+        if not job.sources:
+            raise Gone(
+                f"The images of job {job_id} are gone: its data set was deleted, and the job ended long ago.",
+                code="images_gone",
+            )
         select = sa.select(JobStage.params).where(JobStage.job_id == job_id, JobStage.output == "selection")
         selection = session.scalar(select)
         outputs = {

@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 
 from app import ids
 from app.db import now, owned, owned_rows, upsert
-from app.errors import Conflict, Invalid, NotFound, TooMany
+from app.errors import Conflict, Gone, Invalid, NotFound, TooMany
 from app.jobs import events, lifecycle, ordering, plan
 from app.jobs.lifecycle import Ready
 from app.jobs.schemas import (
@@ -29,7 +29,7 @@ from app.jobs.schemas import (
     Queries,
     StageView,
 )
-from app.jobs.tables import IdempotencyKey, Job, JobEvent, JobMetric, JobStage
+from app.jobs.tables import IdempotencyKey, Job, JobEvent, JobMetric, JobStage, Shard
 from app.paging import newest
 from app.security.principal import Principal
 from app.teachers import service as teachers
@@ -38,7 +38,7 @@ from models.methods import METHODS
 from models.pipeline import canonical, digest
 
 # What GET job asks, made once: building a statement costs as much as running it.
-_ASKED = Job.id.in_(sa.bindparam("ids", expanding=True))
+_ASKED = Job.id.in_(sa.bindparam("ids", expanding=True)) & Job.deleted_at.is_(None)
 _VERSIONS = owned_rows(Job, only=("id", "last_event", "status")).where(_ASKED)
 _JOBS = owned_rows(Job, without=("sources", "shape", "queries_spent", "queries_cached")).where(_ASKED)
 _STAGES = (
@@ -131,7 +131,7 @@ def announce(wiring: Wiring, ready: list[Ready]) -> None:
 
 
 def find(session: Session, principal: Principal, job_id: str) -> Job:
-    job = session.scalar(owned(Job, principal).where(Job.id == job_id))
+    job = session.scalar(_live(principal).where(Job.id == job_id))
     if job is None:
         raise no_job(job_id)
     return job
@@ -181,7 +181,7 @@ def page(
     dataset_id: str | None,
 ) -> tuple[list[bytes], bool]:
     """The tenant's jobs as JSON documents, newest first, and whether more follow."""
-    select = owned(Job, principal).with_only_columns(Job.id)
+    select = _live(principal).with_only_columns(Job.id)
     if status is not None:
         select = select.where(Job.status == status)
     if dataset_id is not None:
@@ -216,12 +216,34 @@ def retry(wiring: Wiring, principal: Principal, job_id: str) -> JobView:
                 f"Job {job_id} is {job.status}; only a failed or cancelled job can be retried.",
                 code="job_not_retryable",
             )
+        if not job.sources:
+            raise Gone(
+                f"Job {job_id} cannot be retried: its data set was deleted, and its images are gone. Upload them "
+                "again, and order a new job.",
+                code="images_gone",
+            )
         ready = lifecycle.retry(session, job)
         session.flush()
         _check_teacher_remains(wiring, session, principal, job)
         answer = view(session, job)
     announce(wiring, ready)
     return answer
+
+
+def delete(wiring: Wiring, principal: Principal, job_id: str) -> None:
+    """Take a job that has ended out of sight, and what it holds away: but for its student, which stays."""
+    with wiring.database.writing() as session:
+        find(session, principal, job_id)
+        job = lifecycle.lock(session, job_id)
+        if job.status not in lifecycle.FINISHED:
+            raise Conflict(
+                f"Job {job_id} is {job.status}; only a job that has ended can be deleted. Cancel it first.",
+                code="job_not_finished",
+            )
+        for table in (JobEvent, JobMetric):
+            session.execute(sa.delete(table).where(table.job_id == job_id))
+        session.execute(sa.update(Shard).where(Shard.job_id == job_id).values(checkpoint=sa.null()))
+        job.sources, job.deleted_at = {}, session.scalar(sa.select(now()))
 
 
 def events_after(
@@ -241,6 +263,10 @@ def metrics(wiring: Wiring, principal: Principal, job_id: str) -> list[CurvePoin
             CurvePoint(stage=row.stage, shard=row.shard, name=row.name, step=row.step, value=row.value)
             for row in rows
         ]
+
+
+def _live(principal: Principal) -> sa.Select[Job]:
+    return owned(Job, principal).where(Job.deleted_at.is_(None))
 
 
 def no_job(job_id: str) -> NotFound:

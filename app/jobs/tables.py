@@ -24,7 +24,8 @@ class Job(Base):
     params: Mapped[dict[str, Any]]
     seed: Mapped[int]
     labels: Mapped[dict[str, Any]]  # the caller's own metadata
-    sources: Mapped[dict[str, Any]]  # source -> {"files": {name: blob digest}, "digest": …}
+    #: Source -> {"files": {name: blob digest}}; empty: let go of, with the data set.
+    sources: Mapped[dict[str, Any]]
     shape: Mapped[dict[str, Any]]
     status: Mapped[str] = mapped_column(index=True)
     percent: Mapped[float] = mapped_column(default=0.0)
@@ -44,6 +45,7 @@ class Job(Base):
     started_at: Mapped[float | None]
     finished_at: Mapped[float | None]
     deadline_at: Mapped[float | None]
+    deleted_at: Mapped[float | None]
 
 
 class JobStage(Base):

@@ -9,7 +9,14 @@ from pydantic import Field
 from app.schemas import Answer, Order, Time
 
 Scope = Literal[
-    "datasets:read", "datasets:write", "jobs:read", "jobs:write", "students:read", "teachers:write", "admin"
+    "datasets:read",
+    "datasets:write",
+    "jobs:read",
+    "jobs:write",
+    "students:read",
+    "students:write",
+    "teachers:write",
+    "admin",
 ]
 
 

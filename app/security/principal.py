@@ -12,6 +12,7 @@ SCOPES = (
     "jobs:read",
     "jobs:write",
     "students:read",
+    "students:write",
     "teachers:write",
     "admin",
 )

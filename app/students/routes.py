@@ -25,6 +25,7 @@ from app.wiring import Wiring
 router = APIRouter(prefix="/v1/students", tags=["students"])
 
 Reader = Annotated[Principal, allowed("students:read")]
+Writer = Annotated[Principal, allowed("students:write")]
 PrecisionQuery = Annotated[schemas.Precision, Query(description="fp32, or int8 where the job made one.")]
 
 #: Class maps that this process makes at the same time: one of 100 classes takes a gigabyte while it is made.
@@ -76,6 +77,15 @@ def index(
 @router.get("/{student_id}", responses=documented(404))
 def show(student_id: str, wiring: Wired, principal: Reader) -> schemas.StudentAnswer:
     return _answer(_student(wiring, principal, student_id))
+
+
+@router.delete("/{student_id}", status_code=204, responses=documented(404))
+def delete(student_id: str, wiring: Wired, principal: Writer) -> None:
+    """Take a student out of sight. Its files are removed when no job of yours has used them for DRAM_RETENTION_DAYS.
+
+    The job that made it stays.
+    """
+    service.delete(wiring, principal, student_id)
 
 
 @router.head("/{student_id}/model.onnx", include_in_schema=False)

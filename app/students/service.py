@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from app import paging
-from app.db import owned
+from app.db import now, owned
 from app.errors import Conflict, NotFound
 from app.security.principal import Principal
 from app.students.tables import Student
+from app.wiring import Wiring
 from models.methods import METHODS
 from models.pipeline import Task
 
@@ -36,7 +38,7 @@ def page(
     limit: int,
     after: str | None,
 ) -> tuple[list[Student], bool]:
-    select = owned(Student, principal)
+    select = _live(principal)
     if job_id is not None:
         select = select.where(Student.job_id == job_id)
     if dataset_id is not None:
@@ -45,10 +47,16 @@ def page(
 
 
 def get(session: Session, principal: Principal, student_id: str) -> Student:
-    student = session.scalar(owned(Student, principal).where(Student.id == student_id))
+    student = session.scalar(_live(principal).where(Student.id == student_id))
     if student is None:
         raise NotFound(f"There is no student '{student_id[:64]}'. GET /v1/students lists yours.")
     return student
+
+
+def delete(wiring: Wiring, principal: Principal, student_id: str) -> None:
+    """Take it out of sight; retention removes its files. Raises `NotFound`."""
+    with wiring.database.writing() as session:
+        get(session, principal, student_id).deleted_at = session.scalar(sa.select(now()))
 
 
 def graph(student: Student, precision: str) -> str:
@@ -80,3 +88,7 @@ def file(student: Student, name: str) -> str:
     if digest is None:
         raise NotFound(f"Student '{student.id}' has no file '{name}'.", code="file_not_available")
     return str(digest)
+
+
+def _live(principal: Principal) -> sa.Select[Student]:
+    return owned(Student, principal).where(Student.deleted_at.is_(None))

@@ -24,3 +24,4 @@ class Student(Base):
     files: Mapped[dict[str, Any]]  # "model.onnx", "bundle.zip", "report.json", … -> blob digest
     summary: Mapped[dict[str, Any]]  # headline figures of the report
     created_at: Mapped[float] = mapped_column(default=now())
+    deleted_at: Mapped[float | None]

@@ -260,6 +260,17 @@ def test_the_image_is_the_one_that_was_stored_and_a_thumbnail_is_smaller(
     assert client.get(url, params={"size": 512}).status_code == 422
 
 
+def test_a_job_whose_images_were_let_go_of_says_so(
+    client: httpx.Client, wiring: Wiring, plant: Plant, generated: local.LocalRun
+) -> None:
+    job = plant(generated, "tint")
+    with wiring.database.writing() as session:
+        session.get_one(Job, job).sources = {}
+    for path in ("samples", "samples/1/image"):
+        answer = client.get(f"/v1/jobs/{job}/{path}")
+        assert (answer.status_code, answer.json()["code"]) == (410, "images_gone")
+
+
 def test_what_is_not_there_is_not_found(
     client: httpx.Client, plant: Plant, generated: local.LocalRun
 ) -> None:

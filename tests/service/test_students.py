@@ -54,3 +54,21 @@ def test_another_tenants_student_is_not_found(
         assert client.get(f"/v1/students/{theirs}{path}").status_code == 404
     for path in ("/predict", "/class-map"):
         assert client.post(f"/v1/students/{theirs}{path}", content=b"image").status_code == 404
+
+
+def test_a_deleted_student_is_not_found_any_more_and_its_job_stays(
+    client: httpx.Client, gateway: Gateway, make_student: Callable[..., str]
+) -> None:
+    made, other = make_student(), make_student()
+    url = f"/v1/students/{made}"
+    job_id = client.get(url).json()["job_id"]
+    with gateway.client(gateway.key_of("default", "students:read")) as reader:
+        assert reader.delete(url).status_code == 403
+    with gateway.client(gateway.key_of("rival", "students:write")) as rival:
+        assert rival.delete(url).status_code == 404
+    assert [client.delete(url).status_code for _ in range(2)] == [204, 404]
+    assert [item["id"] for item in client.get("/v1/students").json()["data"]] == [other]
+    for path in ("", "/model.onnx", "/bundle.zip", "/report"):
+        assert client.get(url + path).status_code == 404
+    assert client.post(f"{url}/predict", content=b"image").status_code == 404
+    assert client.get(f"/v1/jobs/{job_id}").status_code == 200

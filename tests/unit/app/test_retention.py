@@ -15,7 +15,7 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from app import ids, retention
-from app.datasets.tables import Dataset
+from app.datasets.tables import Dataset, DatasetImage
 from app.db import now
 from app.jobs import lifecycle, plan
 from app.jobs.tables import IdempotencyKey, Job, JobStage, Shard, StageOutput, Worker
@@ -54,11 +54,13 @@ def add_dataset(session: Session, splits: dict[str, str], deleted_at: float | No
 def add_job(
     session: Session, status: str, *, key: str = "", shard_status: str = "waiting",
     sources: dict[str, Any] | None = None, checkpoint: dict[str, Any] | None = None,
+    dataset_id: str = "", finished_at: float | None = None,
 ) -> Job:  # fmt: skip
     """A job of one stage and one shard, whose output has that key."""
     job = Job(
-        id=ids.new("job"), tenant="t", dataset_id=add_dataset(session, {}), teacher="x", method="toy", student="s",
-        preset="draft", params={}, seed=0, labels={}, sources=sources or {}, shape={}, status=status,
+        id=ids.new("job"), tenant="t", dataset_id=dataset_id or add_dataset(session, {}), teacher="x", method="toy",
+        student="s", preset="draft", params={}, seed=0, labels={}, sources=sources or {}, shape={}, status=status,
+        finished_at=finished_at,
     )  # fmt: skip
     session.add(job)
     session.flush()
@@ -183,6 +185,67 @@ def test_the_images_of_a_deleted_data_set_that_no_job_used_go(wiring: Wiring) ->
         add_dataset(session, {"support": images}, deleted_at=time.time())
     assert retention.sweep(wiring) == 1
     assert not wiring.blobs.exists(images)
+
+
+@pytest.mark.parametrize(
+    ("status", "days_ago", "deleted", "stays"),
+    [
+        ("running", None, True, True),
+        ("failed", 29, True, True),
+        ("failed", 31, True, False),
+        ("succeeded", 31, True, False),
+        ("succeeded", 31, False, True),
+    ],
+)
+def test_a_job_holds_the_images_of_a_deleted_data_set_for_a_while_after_its_end_only(
+    status: str, days_ago: float | None, deleted: bool, stays: bool, wiring: Wiring
+) -> None:
+    images = blob(wiring, "images")
+    files = {"support": {"files": {"images.zip": images}}}
+    with wiring.database.writing() as session:
+        ended = None if days_ago is None else time.time() - days_ago * DAY_S
+        dataset = add_dataset(session, {"support": images}, LONG_AGO if deleted else None)
+        job = add_job(session, status, sources=files, dataset_id=dataset, finished_at=ended)
+    retention.sweep(wiring)
+    assert wiring.blobs.exists(images) is stays
+    with wiring.database.reading() as session:
+        assert session.get_one(Job, job.id).sources == (files if stays else {})
+
+
+def test_the_names_of_the_images_of_a_deleted_data_set_go(wiring: Wiring) -> None:
+    with wiring.database.writing() as session:
+        for name, deleted_at in (("live", None), ("deleted", LONG_AGO)):
+            about: dict[str, Any] = {"split": "support", "file": "0.png", "width": 1, "height": 1}
+            dataset = add_dataset(session, {}, deleted_at)
+            session.add(DatasetImage(id=ids.new("img"), dataset_id=dataset, name=name, **about))
+    retention.sweep(wiring)
+    with wiring.database.reading() as session:
+        assert session.scalars(sa.select(DatasetImage.name)).all() == ["live"]
+
+
+def test_the_files_of_a_deleted_student_go(wiring: Wiring) -> None:
+    network = blob(wiring, "network")
+    with wiring.database.writing() as session:
+        made = add_job(session, "succeeded", shard_status="succeeded")
+        session.add(
+            Student(
+                id=ids.new("stu"), tenant="t", job_id=made.id, dataset_id=made.dataset_id, teacher="x", method="toy",
+                architecture="s", classes=["a"], files={"model.onnx": network}, summary={}, deleted_at=LONG_AGO,
+            )
+        )  # fmt: skip
+    assert retention.sweep(wiring) == 1
+    assert not wiring.blobs.exists(network)
+
+
+def test_the_checkpoint_of_a_job_that_ended_long_ago_goes(wiring: Wiring) -> None:
+    kept = {days: blob(wiring, f"checkpoint {days}") for days in (29, 31)}
+    with wiring.database.writing() as session:
+        for days, digest in kept.items():
+            checkpoint = {"step": 20, "files": {"c": digest}, "previous": None}
+            ended = time.time() - days * DAY_S
+            add_job(session, "failed", shard_status="failed", checkpoint=checkpoint, finished_at=ended)
+    assert retention.sweep(wiring) == 1
+    assert [days for days, digest in kept.items() if wiring.blobs.exists(digest)] == [29]
 
 
 @pytest.mark.parametrize("status", ["succeeded", "reused"])
