@@ -217,6 +217,7 @@ ASK = Stage(
     shards=lambda shape, params: chunks(shape.support + shape.unlabelled),
     seeded=False,
     weight=2.0,
+    version=2,
 )
 LABEL = Stage(
     "label",

@@ -248,6 +248,7 @@ METHOD = Method(
             params="black_box",
             seeded=False,
             weight=0.2,
+            version=2,
         ),
         Stage(
             "ask_real",

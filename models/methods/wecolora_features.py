@@ -87,6 +87,7 @@ METHOD = Method(
             queue="cpu",
             seeded=False,
             weight=0.1,
+            version=2,
         ),
         replace(stages.TEACHER_GRAPH, run=teacher_graph, inputs=("teacher", "trained_student")),
         replace(stages.EXPORT, run=export, params=None),

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from models.errors import TeacherError
 from models.teachers import TeacherSpec, packaged_weights
+from models.teachers.checkpoint import refuse_misfits
 from models.teachers.protocol import Teacher, frozen
 
 
@@ -106,13 +107,7 @@ def _from_folder(
     config: dict[str, Any] = document.get("pretrained_cfg", {})
     arguments: dict[str, Any] = {**document.get("model_args", {}), "num_classes": 0}
     network = timm.create_model(name, **arguments)
-    try:
-        state = load_file(folder / "model.safetensors")
-        missing, _ = network.load_state_dict(state, strict=False)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise TeacherError(f"teacher '{spec.name}': its weights do not fit: {error}") from error
-    if missing:
-        raise TeacherError(f"teacher '{spec.name}': weights are missing: {', '.join(missing[:3])}")
+    _load_weights(network, spec.name, folder / "model.safetensors")
     own_size = getattr(getattr(network, "patch_embed", None), "img_size", None)
     _set_input_size(network, input_size)
     default = network.pretrained_cfg
@@ -123,6 +118,31 @@ def _from_folder(
         "own_size": own_size[0] if own_size else None,
     }
     return network, {key: config.get(key) or default[key] for key in ("mean", "std")}, architecture
+
+
+def _load_weights(network: Any, teacher: str, file: Path) -> None:
+    """Raises `TeacherError` where they are not those of the network; only a classifier may be left over."""
+    try:
+        weights = load_file(file)
+    except (OSError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise TeacherError(f"teacher '{teacher}': its weights cannot be read: {reason}") from error
+    own = network.state_dict()
+    classifier = network.pretrained_cfg.get("classifier") or ()
+    paths = (classifier,) if isinstance(classifier, str) else classifier
+    refuse_misfits(
+        teacher,
+        network,
+        missing=own.keys() - weights.keys(),
+        left_over=weights.keys() - own.keys(),
+        misshapen={
+            name: (own[name].shape, weights[name].shape)
+            for name in own.keys() & weights.keys()
+            if own[name].shape != weights[name].shape
+        },
+        heads={path.split(".")[0] for path in paths},
+    )
+    network.load_state_dict(weights, strict=False)
 
 
 def _set_input_size(network: nn.Module, size: int) -> None:

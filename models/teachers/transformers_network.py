@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,27 +17,39 @@ from transformers.utils import cached_file
 from models.data import images as image_tensors
 from models.errors import TeacherError
 from models.teachers import TeacherSpec
+from models.teachers.checkpoint import refuse_misfits
 from models.teachers.protocol import Teacher, frozen
 
 _CLASS_TOKENS = ("cls_token", "class_token", "class_embedding")
+#: Image towers that were trained together with a text tower, through a pooling of their own.
+_TOWERS = tuple(
+    f"{name}_vision_model" for name in ("clip", "chinese_clip", "altclip", "metaclip_2", "siglip")
+)
 
 
 class PooledBackbone(nn.Module):
     """A transformers image model that answers with one vector an image.
 
-    Feature maps [N, D, h, w] are averaged over space; token sequences [N, T, D] give their class token, or
-    their mean where the network has none. The checkpoints' own poolers are left out: many were never trained.
+    Image towers of CLIP and SigLIP pool as they were trained: the class token through the last norm, or attention.
+    Of other networks feature maps [N, D, h, w] are averaged over space; token sequences [N, T, D] give their class
+    token, or their mean where the network has none. Their checkpoints' poolers are left out: many were never trained.
     """
 
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
         self.backbone = backbone
         self.has_class_token = any(name.endswith(_CLASS_TOKENS) for name, _ in backbone.named_parameters())
+        config: Any = backbone.config
+        self.pools_itself = config.model_type in _TOWERS and getattr(config, "vision_use_head", True)
         forward = inspect.signature(backbone.forward).parameters
         self.arguments = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in forward else {}
 
     def forward(self, images: Tensor) -> Tensor:
-        states: Tensor = self.backbone(pixel_values=images, **self.arguments).last_hidden_state
+        output = self.backbone(pixel_values=images, **self.arguments)
+        if self.pools_itself:
+            pooled: Tensor = output.pooler_output
+            return pooled
+        states: Tensor = output.last_hidden_state
         if states.dim() == 4:
             return states.mean((2, 3))
         return states[:, 0] if self.has_class_token else states.mean(1)
@@ -52,6 +65,7 @@ def load(spec: TeacherSpec, device: str, input_size: int) -> Teacher:
             revision=spec.revision,
             trust_remote_code=False,
             use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are refused by name below
             output_loading_info=True,
             dtype=torch.float32,
         )
@@ -60,10 +74,17 @@ def load(spec: TeacherSpec, device: str, input_size: int) -> Teacher:
             f"teacher '{spec.name}' cannot be loaded: {str(error).splitlines()[0]}",
             "It must be an image model with safetensors weights that transformers knows.",
         ) from error
-    missing = [key for key in loading["missing_keys"] if "pooler" not in key]
-    if missing:
-        raise TeacherError(f"teacher '{spec.name}': weights are missing: {', '.join(sorted(missing)[:3])}")
-    network = PooledBackbone(getattr(model, "vision_model", model))
+    backbone = getattr(model, "vision_model", model)
+    prefix = re.compile(rf"^({model.base_model_prefix}\.)?(vision_model\.)?")
+    refuse_misfits(
+        spec.name,
+        backbone,
+        missing=[name for name in loading["missing_keys"] if "pooler" not in name],
+        left_over=[prefix.sub("", name) for name in loading["unexpected_keys"]],
+        misshapen={name: (own, found) for name, found, own in loading["mismatched_keys"]},
+        heads=("pooler",),
+    )
+    network = PooledBackbone(backbone)
     own: Any = network.backbone.config
     mean, std = _normalisation(spec)
     return Teacher(
@@ -75,7 +96,7 @@ def load(spec: TeacherSpec, device: str, input_size: int) -> Teacher:
         {
             "library": "transformers",
             "config": own.to_dict(),
-            "own_size": getattr(own, "image_size", None),
+            "own_size": _side(getattr(own, "image_size", None)),
         },
     )
 
@@ -84,6 +105,12 @@ def build(architecture: Mapping[str, Any]) -> nn.Module:
     """The network of a `Teacher.architecture`, with random weights, for images of any size that fits its patches."""
     model = AutoModel.from_config(AutoConfig.for_model(**architecture["config"]), dtype=torch.float32)
     return PooledBackbone(getattr(model, "vision_model", model))
+
+
+def _side(image_size: Any) -> int | None:
+    """The first side where a configuration gives both."""
+    side: int | None = image_size[0] if isinstance(image_size, list | tuple) else image_size
+    return side
 
 
 def _normalisation(spec: TeacherSpec) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
