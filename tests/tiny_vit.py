@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -23,10 +24,13 @@ ARGUMENTS = {
 }
 
 
-def write(folder: Path, depth: int = DEPTH) -> TeacherSpec:
-    """A checkpoint as timm writes it; returns the teacher that it is. Its blocks really change the tokens."""
+def write(folder: Path, depth: int = DEPTH, **changes: Any) -> TeacherSpec:
+    """A checkpoint as timm writes it; returns the teacher that it is. Its blocks really change the tokens.
+
+    `changes`: of `ARGUMENTS`.
+    """
     torch.manual_seed(0)
-    arguments = {**ARGUMENTS, "depth": depth}
+    arguments = {**ARGUMENTS, "depth": depth, **changes}
     network = timm.create_model("vit_tiny_patch16_224", num_classes=5, **arguments)
     for name, value in network.named_parameters():
         if name.startswith("blocks") and value.dim() == 2:

@@ -50,6 +50,7 @@ class DenseNetwork(nn.Module):
 def patch_tokens(network: nn.Module, images: Tensor) -> Tensor:
     """The tokens [N, h * w, D] of the patches, row by row, after the network's last norm.
 
+    Of transformers' CLIP before it: there the norm is trained on the class token alone, and only put on that.
     `images`: normalised, [N, 3, S, S]. Raises `TeacherError` for what is no known vision transformer.
     """
     before = vit_families.prefix_tokens(network)

@@ -22,6 +22,8 @@ from models.teachers.protocol import Teacher
 
 _WEIGHTS = "weights.safetensors"
 _DOCUMENT = "backbone.json"
+#: Parts of the names of learned position embeddings: timm's and transformers', and BEiT's tables of relative positions.
+_POSITIONS = ("pos_embed", "position_embedding", "relative_position")
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def shorten(network: nn.Module, kept: Sequence[int]) -> nn.Module:
     if getattr(inner, "rope_mixed", False):  # its frequencies are learnt block by block: [2, blocks, ...]
         rope: Any = inner.rope
         rope.freqs = nn.Parameter(rope.freqs[:, list(kept)], requires_grad=rope.freqs.requires_grad)
-    if getattr(inner, "pooler", None) is not None:  # its answer is not asked for
+    if getattr(inner, "pooler", None) is not None:  # `PooledBackbone` does not ask it
         inner.pooler = None  # type: ignore[assignment]
     return short
 
@@ -117,9 +119,12 @@ class TokenTap:
 def check_size(teacher: Teacher) -> None:
     """Raise `TeacherError` where images of the teacher's `input_size` do not divide into its patches.
 
-    The libraries leave out what is over at the border, and say nothing.
+    The libraries leave out what is over at the border, and say nothing. A size that the teacher was trained on is
+    always right: some divide its images of 384 pixels into patches of 14.
     """
     size = teacher.input_size
+    if size == _own_size(teacher):
+        return
     stem = next((module for module in teacher.network.modules() if isinstance(module, nn.Conv2d)), None)
     if stem is None or stem.stride != stem.kernel_size:  # no plain cutting into patches
         return
@@ -134,10 +139,15 @@ def check_size(teacher: Teacher) -> None:
 
 def interpolated_from(teacher: Teacher) -> int | None:
     """The side that the teacher's position embedding was trained on, if images are of another one now."""
-    own = teacher.architecture["own_size"] if teacher.architecture else None
+    own = _own_size(teacher)
     names = [name for name, _ in teacher.network.named_parameters()]
-    learned = any("pos_embed" in name or "position_embedding" in name for name in names)
+    learned = any(part in name for name in names for part in _POSITIONS)
     return own if learned and own != teacher.input_size else None
+
+
+def _own_size(teacher: Teacher) -> int | None:
+    """The side of the images that it was trained on, if known."""
+    return teacher.architecture["own_size"] if teacher.architecture else None
 
 
 @dataclass(frozen=True)

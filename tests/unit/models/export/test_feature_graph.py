@@ -15,7 +15,7 @@ from models.export.samples import Sample
 from models.runtime import generator
 from models.students import shortened_vit
 from models.training import low_rank
-from tests.vit_networks import SIDE, a_network
+from tests.vit_networks import SIDE, a_network, of_transformers
 
 MEAN, STD = (0.4, 0.45, 0.5), (0.25, 0.3, 0.2)
 RANDOM = np.random.default_rng(0)
@@ -32,6 +32,7 @@ FAMILIES = (
     "timm EVA-02",
     "transformers ViT",
     "transformers DINOv3",
+    "transformers CLIP",
     "transformers SigLIP",
 )
 
@@ -53,6 +54,23 @@ def test_the_graph_of_a_family_gives_the_networks_features(name: str) -> None:
     assert parity.check(content, scaled, SAMPLES, scaled.of_graph).largest_difference < 1e-4
     (features,) = reference.features(SAMPLES[0].pixels[None])
     assert features.std() > 0.05 * features.abs().mean()  # no constant, which any graph gives
+
+
+def test_a_dinov2_of_another_size_than_its_own_is_written_with_its_interpolated_positions() -> None:
+    """As every DINOv2 of the catalogue is: of 518 pixels, run at 224."""
+    torch.manual_seed(0)
+    own, size = 70, 42
+    network = of_transformers("Dinov2", mlp_ratio=2, image_size=own, patch_size=14)
+    network.eval().requires_grad_(False)
+    positions = network.backbone.embeddings.position_embeddings
+    torch.nn.init.normal_(positions)  # as large as the patches' tokens
+    student = copy.deepcopy(shortened_vit.shorten(network, (1, 3)))
+    content = feature_graph.build(student, size, MEAN, STD, {})
+    scaled = Scaled.on(Reference(student, size, MEAN, STD), SAMPLES[0])
+    assert parity.check(content, scaled, SAMPLES, scaled.of_graph).largest_difference < 1e-4
+    student.backbone.embeddings.position_embeddings[:, 1:] = positions[:, 1:].flip(1)
+    with pytest.raises(ExportError, match="differ"):
+        parity.check(content, scaled, SAMPLES, scaled.of_graph)
 
 
 def test_another_normalisation_is_seen() -> None:
