@@ -22,7 +22,6 @@ ZIP_TYPES = {b"application/zip", b"application/x-zip-compressed", b"application/
 #: What is collected before a thread writes it.
 _WRITE_BYTES = 2**20
 _MAX_FIELDS = 16
-_MAX_FIELD_BYTES = 2**14
 
 
 async def receive(
@@ -31,7 +30,7 @@ async def receive(
     folder: Path,
     *,
     max_files: int,
-    max_field_bytes: int = _MAX_FIELD_BYTES,
+    max_field_bytes: int,
 ) -> Upload:
     """Write the body's files to `folder`. Raises `BadRequest`, `UnsupportedMedia` or `Invalid`."""
     media_type, options = parse_options_header(content_type)

@@ -8,19 +8,17 @@ from typing import Annotated, Any
 import anyio
 import anyio.to_thread
 from fastapi import APIRouter, Query, Request, Response
-from starlette.requests import ClientDisconnect
 
-from app.datasets import receive, schemas, service, workspace
+from app import uploads
+from app.datasets import schemas, service
 from app.datasets.members import Upload
 from app.datasets.report import MIN_UNLABELLED
 from app.datasets.tables import Dataset, DatasetImage
-from app.datasets.workspace import Workspace
-from app.errors import BadRequest, Finding, Invalid
+from app.errors import Finding, Invalid
 from app.paging import Limit, Page
 from app.problem import documented
 from app.security.dependencies import Wired, allowed
 from app.security.principal import Principal
-from app.wiring import Wiring
 from models.data.archive import IGNORED
 
 router = APIRouter(prefix="/v1/datasets", tags=["datasets"])
@@ -87,17 +85,11 @@ async def create(
     out; a class left with too few images refuses the upload, with everything that was found in `errors`. So does a mask
     that is missing, of another size than its image, or with a value that is no class.
     """
-    length = request.headers.get("content-length", "")
-    workspace.check_room(wiring.settings, _COPIES * int(length) if length.isdecimal() else 0)
-    folder = await anyio.to_thread.run_sync(Workspace.create, wiring.settings)
-    try:
-        upload = await _receive(request, wiring, folder)
+    max_files = 2 * wiring.settings.max_images + 1000
+    async with uploads.on_disk(request, wiring.settings, copies=_COPIES, max_files=max_files) as upload:
         dataset, created = await anyio.to_thread.run_sync(
             service.create, wiring, principal, _name(upload, name), upload, limiter=_DECODING
         )
-    finally:
-        with anyio.CancelScope(shield=True):
-            await anyio.to_thread.run_sync(folder.remove)
     response.status_code = 201 if created else 200
     response.headers["Location"] = f"/v1/datasets/{dataset.id}"
     return _answer(dataset)
@@ -161,23 +153,6 @@ def mask(dataset_id: str, image_id: str, wiring: Wired, principal: Reader) -> Re
 def delete(dataset_id: str, wiring: Wired, principal: Writer) -> None:
     """Take a data set out of sight. Jobs that were made from it go on."""
     service.delete(wiring, principal, dataset_id)
-
-
-async def _receive(request: Request, wiring: Wiring, folder: Workspace) -> Upload:
-    settings = wiring.settings
-    try:
-        with workspace.no_room_is_507():
-            return await receive.receive(
-                request.stream(),
-                request.headers.get("content-type", ""),
-                folder.folder,
-                max_files=2 * settings.max_images + 1000,
-            )
-    except ClientDisconnect:
-        raise BadRequest(
-            "The connection was lost before the upload was complete. Nothing was stored; send it again.",
-            code="upload_incomplete",
-        ) from None
 
 
 def _picture(file: service.ImageFile, tag: str) -> Response:

@@ -6,7 +6,6 @@ The folder is locked while its process lives, so that a starting gateway removes
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import shutil
 import tempfile
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import sqlalchemy.exc
 
+from app import locks
 from app.errors import InsufficientStorage
 from app.settings import Settings
 
@@ -37,8 +37,8 @@ class Workspace:
         with no_room_is_507():
             root.mkdir(parents=True, exist_ok=True)
             made = Path(tempfile.mkdtemp(prefix="new-", dir=root))
-            lock = os.open(made, os.O_RDONLY)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            lock = locks.take(made)
+            assert lock is not None, f"{made} is new, and yet somebody holds its lock"
             folder = made.rename(made.with_name("upload-" + made.name.removeprefix("new-")))
         return cls(folder, lock)
 
@@ -101,15 +101,12 @@ def _root(settings: Settings) -> Path:
 
 def _unlocked(folder: Path) -> bool:
     try:
-        lock = os.open(folder, os.O_RDONLY)
+        lock = locks.take(folder)
     except OSError:
         return False
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    if lock is None:
         return False
-    finally:
-        os.close(lock)
+    os.close(lock)
     return True
 
 

@@ -11,8 +11,8 @@ from fastapi.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 from starlette.types import Message
 
-from app import downloads
-from app.errors import BadRequest, TooLarge
+from app import downloads, uploads
+from app.errors import BadRequest
 from app.paging import Limit, Page
 from app.problem import documented
 from app.security.dependencies import Wired, allowed
@@ -177,13 +177,10 @@ async def class_map(student_id: str, request: Request, wiring: Wired, principal:
 
 async def _image(request: Request, most: int) -> bytes:
     """The image's file content. Never holds more than `most` bytes and a form's frame around them."""
-    form = request.headers.get("content-type", "").startswith("multipart/form-data")
-    content = bytearray()
-    async for chunk in request.stream():
-        content += chunk
-        if len(content) > most + (_ROOM_FOR_FORM if form else 0):
-            raise TooLarge(f"The image has more than {most:,} bytes. Scale it down.")
-    return await _form_image(request, bytes(content)) if form else bytes(content)
+    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+        return await uploads.in_memory(request, most, "The image")
+    form = await uploads.in_memory(request, most + _ROOM_FOR_FORM, "The form with the image")
+    return await _form_image(request, form)
 
 
 async def _form_image(request: Request, body: bytes) -> bytes:

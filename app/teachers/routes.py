@@ -9,13 +9,12 @@ import anyio
 import anyio.to_thread
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel
-from starlette.requests import ClientDisconnect
 
-from app.datasets import receive, workspace
+from app import uploads
+from app.datasets import workspace
 from app.datasets.members import Part, Upload
 from app.datasets.one_image import ImageReader
-from app.datasets.workspace import Workspace
-from app.errors import BadRequest, Finding, Invalid, TooLarge, UnsupportedMedia
+from app.errors import Finding, Invalid, TooLarge, UnsupportedMedia
 from app.paging import Limit, Page
 from app.problem import documented
 from app.security.dependencies import Wired, allowed
@@ -171,7 +170,7 @@ async def try_out(teacher_id: str, request: Request, wiring: Wired, principal: W
 
     What is wrong with the teacher stands in `problems`; of the catalogue's it is told whether they can be had.
     """
-    content = await _capped(request, wiring.settings.max_image_bytes, "The image")
+    content = await uploads.in_memory(request, wiring.settings.max_image_bytes, "The image")
     reader: ImageReader = request.app.state.images
     image = await anyio.to_thread.run_sync(reader.pixels, content) if content else None
     known = service.catalogue(wiring.settings)
@@ -207,7 +206,7 @@ def _asked(
 
 
 async def _create_http(request: Request, wiring: Wiring, principal: Principal) -> Teacher:
-    content = await _capped(request, MAX_SPEC_BYTES, "The description")
+    content = await uploads.in_memory(request, MAX_SPEC_BYTES, "The description")
     return await anyio.to_thread.run_sync(
         _http, wiring, principal, content, limiter=_ASKING
     )  # looks its name up
@@ -222,27 +221,10 @@ def _http(wiring: Wiring, principal: Principal, content: bytes) -> Teacher:
 
 
 async def _create_onnx(request: Request, wiring: Wiring, principal: Principal) -> Teacher:
-    length = request.headers.get("content-length", "")
-    workspace.check_room(wiring.settings, _COPIES * int(length) if length.isdecimal() else 0)
-    folder = await anyio.to_thread.run_sync(Workspace.create, wiring.settings)
-    try:
-        with workspace.no_room_is_507():
-            upload = await receive.receive(
-                request.stream(),
-                request.headers.get("content-type", ""),
-                folder.folder,
-                max_files=8,
-                max_field_bytes=MAX_SPEC_BYTES,
-            )
+    async with uploads.on_disk(
+        request, wiring.settings, copies=_COPIES, max_files=8, max_field_bytes=MAX_SPEC_BYTES
+    ) as upload:
         return await anyio.to_thread.run_sync(_onnx, wiring, principal, upload, limiter=_RUNNING)
-    except ClientDisconnect:
-        raise BadRequest(
-            "The connection was lost before the upload was complete. Nothing was stored; send it again.",
-            code="upload_incomplete",
-        ) from None
-    finally:
-        with anyio.CancelScope(shield=True):
-            await anyio.to_thread.run_sync(folder.remove)
 
 
 def _onnx(wiring: Wiring, principal: Principal, upload: Upload) -> Teacher:
@@ -290,15 +272,6 @@ def _cut_out(upload: Upload, part: Part) -> Path:
         while left and (piece := source.read(min(left, 2**20))):
             left -= file.write(piece)
     return target
-
-
-async def _capped(request: Request, most: int, what: str) -> bytes:
-    content = bytearray()
-    async for chunk in request.stream():
-        content += chunk
-        if len(content) > most:
-            raise TooLarge(f"{what} has more than {most:,} bytes.")
-    return bytes(content)
 
 
 def _refuse_catalogue(wiring: Wiring, teacher_id: str, what: str) -> None:
