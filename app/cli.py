@@ -334,7 +334,7 @@ def distill(
     _check_target(out)
     if not folder.exists():
         raise FileNotFoundError(f"there is no folder or zip '{folder}'")
-    with any_service(url, key, Home(home)) as dram:
+    with any_service(url, key, Home(home)) as (dram, lasting):
         made = dram.datasets.create(folder)
         console.dataset(made)
         names = complete(dram, lambda: made.task, teacher, method, student)
@@ -343,7 +343,7 @@ def distill(
             generator_id=generator, preset=preset, params=params, seed=seed, precision=precision,
             query_budget=query_budget,
         )  # fmt: skip
-        done = _watch(dram, job.id)
+        done = _watch(dram, job.id, lasting=lasting)
         assert done.student_id is not None
         report = dram.students.report(done.student_id)
         console.report(report)
@@ -351,13 +351,21 @@ def distill(
         console.out.print(str(_fetch(dram, done.student_id, out, kept)))
 
 
-def _watch(dram: Dram, job_id: str) -> Job:
-    """The succeeded job. Ends the command with 1 where it failed or was cancelled, 130 on Ctrl-C."""
+def _watch(dram: Dram, job_id: str, *, lasting: bool = True) -> Job:
+    """The succeeded job. Ends the command with 1 where it failed or was cancelled, 130 on Ctrl-C.
+
+    `lasting`: the service goes on when the command has ended, and so does the job on Ctrl-C.
+    """
     try:
         console.follow(dram.jobs.events(job_id))
         job = dram.jobs.wait(job_id)
     except KeyboardInterrupt:
-        console.note(f"\nThe job goes on. See it again: dram watch {job_id}; stop it: dram cancel {job_id}")
+        if lasting:
+            console.note(
+                f"\nThe job goes on. See it again: dram watch {job_id}; stop it: dram cancel {job_id}"
+            )
+        else:
+            _cancel(dram, job_id)
         raise typer.Exit(130) from None
     if job.status != "succeeded":
         console.job_failure(job)
@@ -368,6 +376,19 @@ def _watch(dram: Dram, job_id: str) -> Job:
             f"Questions to the teacher: {job.queries.spent:,}; answered before: {job.queries.cached:,}."
         )
     return job
+
+
+def _cancel(dram: Dram, job_id: str) -> None:
+    """For a service that ends with the command: or its next start would first go on with a job nobody waits for."""
+    try:
+        dram.jobs.cancel(job_id)
+    except ClientError as failure:
+        console.error(failure)
+        return
+    console.note(
+        f"\n{job_id} is cancelled: the service that was started for it stops. The same command finds again what its "
+        f"stages had finished; to go on where it stopped: dram up, and dram retry {job_id}"
+    )
 
 
 def _student(dram: Dram, source: str) -> str:

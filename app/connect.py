@@ -43,12 +43,15 @@ def service(url: str | None, key: str | None, home: Home) -> Iterator[Dram]:
 
 
 @contextmanager
-def any_service(url: str | None, key: str | None, home: Home) -> Iterator[Dram]:
-    """As `service`; where no address is given and nothing runs in `home`, one that is started for the time."""
+def any_service(url: str | None, key: str | None, home: Home) -> Iterator[tuple[Dram, bool]]:
+    """As `service`; where no address is given and nothing runs in `home`, one that is started for the time.
+
+    With it, whether it goes on when the block has ended.
+    """
     if url is not None or home.running() is not None:
         with service(url, key, home) as dram:
-            yield dram
+            yield dram, True
         return
     console.note(f"Starting a service in {home.folder} …")
     with serving(home) as address, Dram(address, key or home.key()) as dram:
-        yield dram
+        yield dram, False

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +22,7 @@ import pytest
 from app import redis_server
 from app.home import Home
 from tests.conftest import eventually
+from tests.service.stack import few_shot_zip
 
 START_S = 90.0
 
@@ -207,3 +211,27 @@ def test_stopping_while_it_starts_leaves_no_process(home: Path) -> None:
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 0
     assert belonging(home) == []
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_distill_stops_the_service_that_it_started_and_leaves_no_job_at_work(home: Path) -> None:
+    pictures = home.parent / "pictures"
+    with zipfile.ZipFile(io.BytesIO(few_shot_zip())) as packed:
+        packed.extractall(pictures)
+    words = home.parent / "distill.err"
+    arguments = [str(pictures), "--out", "s.onnx", "--student", "conv4", "--home", str(home)]
+    with words.open("w") as written:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "app.cli", "distill", *arguments], stderr=written, env=environment()
+        )
+    try:
+        eventually(lambda: "stage.started" in words.read_text(), "the first stage", 2 * START_S)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+    finally:
+        process.kill()
+        process.wait()
+    assert "is cancelled: the service that was started for it stops" in words.read_text()
+    assert belonging(home) == []
+    with sqlite3.connect(home / "dram.db") as database:
+        assert database.execute("SELECT status FROM jobs").fetchall() == [("cancelled",)]

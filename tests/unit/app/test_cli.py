@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import typer
 
+from app import cli
+from app.client import Dram
 from app.home import Home
-from tests.unit.app.scripted import MODEL, Answer, Script, file, job, problem, script, stream
+from tests.unit.app.scripted import MODEL, Answer, Asked, Script, file, job, problem, script, stream
 
 __all__ = ["script"]  # the fixture
 
@@ -142,6 +147,26 @@ def test_watching_a_job_that_succeeds_ends_well(script: Script) -> None:
     ran = dram("watch", "job_1", "--url", script.url)
     assert ran.returncode == 0
     assert "stu_1" in ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("lasting", "asked", "says"),
+    [(True, [], "The job goes on."), (False, ["/v1/jobs/job_1/cancel"], "job_1 is cancelled")],
+)
+def test_ctrl_c_says_what_becomes_of_the_job_and_cancels_it_where_its_service_stops(
+    lasting: bool, asked: list[str], says: str, script: Script, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(_: Asked) -> Answer:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)  # the command has gone on before this answer comes
+        return stream((1, "job.created"))
+
+    script.answers = [interrupted, job("cancelled")]
+    with Dram(script.url) as client, pytest.raises(typer.Exit) as ended:
+        cli._watch(client, "job_1", lasting=lasting)
+    assert ended.value.exit_code == 130
+    assert [each.path for each in script.asked[1:]] == asked
+    assert says in capfd.readouterr().err
 
 
 def test_download_takes_a_job_and_prints_the_path(script: Script, tmp_path: Path) -> None:
