@@ -43,7 +43,3 @@ class Order(BaseModel):
 def moment(seconds: float) -> datetime:
     """A table's seconds since 1970 as a moment in UTC."""
     return datetime.fromtimestamp(seconds, UTC)
-
-
-def moment_or_none(seconds: float | None) -> datetime | None:
-    return None if seconds is None else moment(seconds)

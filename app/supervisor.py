@@ -86,9 +86,6 @@ class Supervisor:
                 )
         self._reap_orphans()
 
-    def alive(self, name: str) -> bool:
-        return any(child.program.name == name and child.process.poll() is None for child in self._children)
-
     def log_of(self, program: Program) -> Path:
         return self._logs / f"{program.name}.log"
 
