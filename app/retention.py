@@ -31,8 +31,8 @@ def sweep(wiring: Wiring) -> int:
         in_use = sa.select(Shard.key).join(Job, Shard.job_id == Job.id).where(Job.status.not_in(FINISHED))
         old = sa.and_(StageOutput.used_at < now() - age, StageOutput.key.not_in(in_use))
         session.execute(sa.delete(StageOutput).where(old))
-        for table in (IdempotencyKey, TeacherAnswer):
-            session.execute(sa.delete(table).where(table.created_at < now() - age))
+        session.execute(sa.delete(TeacherAnswer).where(TeacherAnswer.used_at < now() - age))
+        session.execute(sa.delete(IdempotencyKey).where(IdempotencyKey.created_at < now() - age))
         session.execute(sa.delete(Worker).where(Worker.seen_at < now() - _WORKER_MEMORY_S))
         _let_go(session, sa.and_(Job.status.in_(FINISHED), Job.finished_at < now() - age))
     candidates = list(wiring.blobs.older_than(YOUNG_S))

@@ -85,7 +85,10 @@ class Settings(BaseSettings):
     )
     max_active_jobs: int = Field(100, ge=1, description="Unfinished jobs a tenant may have.")
     retention_days: float = Field(
-        30, gt=0, description="Unused stage outputs and idempotency keys live so long."
+        30,
+        gt=0,
+        description="So long live stage outputs and black boxes' answers from when they were last used, idempotency "
+        "keys, and, from a job's end, its images where their data set was deleted.",
     )
 
     @field_validator("egress_allow", mode="before")

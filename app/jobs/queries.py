@@ -52,17 +52,20 @@ def release(session: Session, held: Claim, count: int) -> None:
 
 
 def known_answers(session: Session, held: Claim, teacher: str, images: Sequence[str]) -> Known:
-    """What the tenant's jobs were answered to these images. Raises LeaseLost."""
+    """What the tenant's jobs were answered to these images, which are now used again. Raises LeaseLost."""
     job, _, _ = lifecycle.holding(session, held)
     answers: dict[str, bytes] = {}
     earlier = 0
     for start in range(0, len(images), _NAMES):
-        select = sa.select(TeacherAnswer.image, TeacherAnswer.answer, TeacherAnswer.job_id).where(
+        wanted = sa.and_(
             TeacherAnswer.tenant == job.tenant,
             TeacherAnswer.teacher == teacher,
             TeacherAnswer.image.in_(images[start : start + _NAMES]),
         )
-        for image, answer, job_id in session.execute(select):
+        used = sa.update(TeacherAnswer).where(wanted).values(used_at=now())
+        for image, answer, job_id in session.execute(
+            used.returning(TeacherAnswer.image, TeacherAnswer.answer, TeacherAnswer.job_id)
+        ):
             answers[image] = answer
             earlier += job_id != job.id
     return Known(answers, earlier)
@@ -77,7 +80,7 @@ def record_answers(session: Session, held: Claim, teacher: str, answers: Mapping
     rows = [
         {
             "tenant": tenant, "teacher": teacher, "image": image, "answer": answer, "job_id": held.job_id,
-            "created_at": now(),
+            "created_at": now(), "used_at": now(),
         }
         for image, answer in answers.items()
     ]  # fmt: skip

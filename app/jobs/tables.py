@@ -124,7 +124,8 @@ class TeacherAnswer(Base):
     image: Mapped[str] = mapped_column(primary_key=True)  # digest of its pixels
     answer: Mapped[bytes]  # float32 [C], see models.teachers.ledger
     job_id: Mapped[str]  # that paid for it
-    created_at: Mapped[float] = mapped_column(default=now(), index=True)
+    created_at: Mapped[float] = mapped_column(default=now())
+    used_at: Mapped[float] = mapped_column(default=now(), index=True)
 
 
 class JobEvent(Base):

@@ -199,15 +199,18 @@ def test_a_question_that_was_under_way_at_a_loss_stays_counted(wiring: Wiring) -
     assert shown(wiring, job_id)[1]["spent"] == 6
 
 
-def test_old_answers_are_forgotten_with_the_other_things(wiring: Wiring) -> None:
+def test_answers_are_forgotten_when_nobody_has_used_them_for_long(wiring: Wiring) -> None:
     held = claim_of(wiring, submit_to(wiring))
-    write(wiring, queries.record_answers, held, "teacher", {"old": b"o", "new": b"n"})
+    write(wiring, queries.record_answers, held, "teacher", {"unused": b"o", "used": b"u"})
     with wiring.database.writing() as session:
         old = now() - wiring.settings.retention_days * 86400 - 60
-        session.execute(sa.update(TeacherAnswer).where(TeacherAnswer.image == "old").values(created_at=old))
+        session.execute(sa.update(TeacherAnswer).values(created_at=old, used_at=old))
+    later = claim_of(wiring, submit_to(wiring))
+    write(wiring, queries.known_answers, later, "teacher", ["used"])
+    write(wiring, queries.record_answers, later, "teacher", {"new": b"n"})
     retention.sweep(wiring)
-    known = write(wiring, queries.known_answers, held, "teacher", ["old", "new"])
-    assert known.answers == {"new": b"n"}
+    known = write(wiring, queries.known_answers, held, "teacher", ["unused", "used", "new"])
+    assert known.answers == {"used": b"u", "new": b"n"}
 
 
 def test_the_secret_headers_are_those_of_the_tenants_own_teacher(wiring: Wiring) -> None:
