@@ -145,7 +145,6 @@ def claim(
     shard.attempt += 1
     shard.lease_until = clock + settings.lease_ttl_s
     shard.step_at = clock
-    shard.started_at = clock
     return _claim_of(session, job, stage, shard), []
 
 
@@ -270,7 +269,6 @@ def request_cancel(session: Session, job: Job, reason: str | None = None) -> Non
     if job.status == "running":
         move(session, job, "cancelling")
         events.append(session, job, "job.cancelling", reason=reason or "requested")
-    job.cancel_requested = True
     waiting = Shard.status.in_(("waiting", "ready"))
     session.execute(sa.update(Shard).where(Shard.job_id == job.id, waiting).values(status="cancelled"))
     session.flush()
@@ -280,7 +278,7 @@ def request_cancel(session: Session, job: Job, reason: str | None = None) -> Non
 def retry(session: Session, job: Job) -> list[Ready]:
     """Continue a failed or cancelled job: finished stages stay, the newest checkpoint is used."""
     move(session, job, "queued")
-    job.error, job.cancel_requested, job.finished_at, job.deadline_at = None, False, None, None
+    job.error, job.finished_at, job.deadline_at = None, None, None
     job.attempt += 1
     kept = sa.update(StageOutput).where(
         StageOutput.tenant == job.tenant,
@@ -360,6 +358,7 @@ def _start(session: Session, job: Job, stage: JobStage) -> None:
     if job.status == "queued":
         move(session, job, "running")
         job.started_at = job.started_at or clock
+        job.resumed_at, job.resumed_percent = clock, job.percent
         events.append(session, job, "job.started")
     if stage.status in ("waiting", "ready"):
         stage.status, stage.started_at = "running", clock

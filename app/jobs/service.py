@@ -331,15 +331,16 @@ def _progress(job: Any, stages: list[Any], clock: float) -> Progress:
 
 
 def _eta(job: Any, stages: list[Any], clock: float) -> float | None:
-    """When the job may end, if the rest runs as fast as what this job itself has done. None before it has."""
-    if job.status != "running" or job.started_at is None:
+    """When the job may end, if the rest runs as fast as what its present attempt has done. None before it has."""
+    since = job.resumed_at or job.started_at
+    if job.status != "running" or since is None:
         return None
     total = sum(stage.weight for stage in stages) or 1.0
-    before = 100 * sum(stage.weight for stage in stages if stage.status == "reused") / total
-    done: float = job.percent - before
+    reused = 100 * sum(stage.weight for stage in stages if stage.status == "reused") / total
+    done: float = job.percent - max(reused, job.resumed_percent)
     if done < 1.0:
         return None
-    return float(clock + (clock - job.started_at) * (100 - job.percent) / done)
+    return float(clock + (clock - since) * (100 - job.percent) / done)
 
 
 # ---- checks ---------------------------------------------------------------------------------------------------

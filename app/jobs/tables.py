@@ -31,7 +31,6 @@ class Job(Base):
     percent: Mapped[float] = mapped_column(default=0.0)
     attempt: Mapped[int] = mapped_column(default=1)
     error: Mapped[dict[str, Any] | None] = mapped_column(sa.JSON(none_as_null=True))
-    cancel_requested: Mapped[bool] = mapped_column(default=False)
     student_id: Mapped[str | None]
     last_event: Mapped[int] = mapped_column(default=0)  # number of the newest event
     query_budget: Mapped[int | None]  # most questions to the teacher
@@ -43,6 +42,9 @@ class Job(Base):
     shown_cached: Mapped[int] = mapped_column(default=0, server_default=sa.text("0"))
     created_at: Mapped[float] = mapped_column(default=now())
     started_at: Mapped[float | None]
+    # Where its present attempt began, from which its end is reckoned.
+    resumed_at: Mapped[float | None]
+    resumed_percent: Mapped[float] = mapped_column(default=0.0, server_default=sa.text("0"))
     finished_at: Mapped[float | None]
     deadline_at: Mapped[float | None]
     deleted_at: Mapped[float | None]
@@ -95,7 +97,6 @@ class Shard(Base):
     total: Mapped[int] = mapped_column(default=0)
     step_at: Mapped[float | None]
     checkpoint: Mapped[dict[str, Any] | None] = mapped_column(sa.JSON(none_as_null=True))  # {"step", "files"}
-    started_at: Mapped[float | None]
 
 
 class StageOutput(Base):

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from datetime import datetime
 from typing import Any
 
 import httpx
@@ -398,6 +399,34 @@ def test_a_job_shows_its_progress_and_an_eta(client: httpx.Client, wiring: Wirin
     assert (progress["stage"], progress["step"], progress["total_steps"]) == ("ask", 50, 100)
     assert 0 < progress["percent"] < 100
     assert progress["eta"] is not None
+
+
+def test_the_eta_of_a_retried_job_counts_neither_the_pause_nor_what_was_done_before(
+    client: httpx.Client, wiring: Wiring, dataset: str
+) -> None:
+    job_id = submit(client, dataset)["id"]
+
+    def progress(held: Claim, step: int) -> dict[str, Any]:
+        with wiring.database.writing() as session:
+            lifecycle.renew(session, held, wiring.settings, step, 100)
+        return dict(client.get(f"/v1/jobs/{job_id}").json()["progress"])
+
+    held = claim(wiring, job_id)
+    begun = progress(held, 40)["percent"]
+    with wiring.database.writing() as session:
+        lifecycle.fail(session, held, lifecycle.JobError("teacher_unusable", "No."), wiring.settings)
+        session.execute(sa.update(Job).values(started_at=1000.0, resumed_at=1000.0))  # long ago
+    client.post(f"/v1/jobs/{job_id}/retry")
+    held = claim(wiring, job_id)
+    assert progress(held, 41)["eta"] is None
+    time.sleep(0.2)
+    answer = progress(held, 100)
+    left = datetime.fromisoformat(answer["eta"]).timestamp() - time.time()
+    pace = (
+        answer["percent"] - begun
+    ) / 0.2  # a little more than percent a second: the requests take time, too
+    assert 0.9 * (100 - answer["percent"]) / pace < left < 3600
+    assert client.get(f"/v1/jobs/{job_id}").json()["started_at"].startswith("1970")
 
 
 def test_cancel_and_retry_over_http(client: httpx.Client, wiring: Wiring, dataset: str) -> None:
