@@ -42,7 +42,7 @@ class Job(Base):
     shown_cached: Mapped[int] = mapped_column(default=0, server_default=sa.text("0"))
     created_at: Mapped[float] = mapped_column(default=now())
     started_at: Mapped[float | None]
-    # Where its present attempt began, from which its end is reckoned.
+    # When the job last left the queue and how far it was then: its end is reckoned from there.
     resumed_at: Mapped[float | None]
     resumed_percent: Mapped[float] = mapped_column(default=0.0, server_default=sa.text("0"))
     finished_at: Mapped[float | None]
