@@ -105,7 +105,7 @@ class Setting:
 
 
 MAIN = Setting(500, 2, rows=tuple(ROWS))
-LONGER = Setting(500, 2, updates=4 * UPDATES)
+LONGER = Setting(500, 2, updates=4 * UPDATES, rows=(COPIED, PAPER, RANDOM, OURS))
 SETTINGS = (MAIN, LONGER, Setting(500, 3), Setting(5000, 2), Setting(5000, 3))
 #: Points by which WeCoLoRA is to be ahead of a row with 500 images and r = 2.
 AHEAD = {COPIED: 0.03, RANDOM: 0.20}

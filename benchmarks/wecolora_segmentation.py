@@ -31,9 +31,12 @@ from models.teachers import TeacherSpec
 
 NAME = "wecolora_segmentation"
 METHOD = METHODS[NAME]
-COPIED, OURS = "weight copy alone", "refitted blocks + enhanced LoRA"
-#: What each row changes in the distillation.
-ROWS: dict[str, dict[str, Any]] = {OURS: {}, COPIED: {"start": "copied", "adaptation": "none"}}
+COPIED, OURS = "weight copy alone", "blocks by influence, refitted, enhanced LoRA"
+#: What each row changes in the parameters.
+ROWS: dict[str, dict[str, dict[str, Any]]] = {
+    OURS: {},
+    COPIED: {"blocks": {"rule": "last_of_group"}, "distillation": {"start": "copied", "adaptation": "none"}},
+}
 #: The student's mean IoU minus the teacher's, at r = 2.
 TARGET = -0.02
 
@@ -51,10 +54,12 @@ def measure(
     steps = 3 if args.quick else args.steps
     changed = {
         "blocks": {"r": r},
-        "distillation": {"input_size": args.size, "steps": steps, **ROWS[row]},
+        "distillation": {"input_size": args.size, "steps": steps},
         "evaluation": {"latency_runs": 5 if args.quick else 100},
     }
-    params = METHOD.resolve("balanced", changed)
+    params = METHOD.resolve(
+        "balanced", {name: {**own, **ROWS[row].get(name, {})} for name, own in changed.items()}
+    )
     run = local.run(
         METHOD,
         splits,

@@ -1,9 +1,9 @@
-"""WeCoLoRA: a shorter vision transformer from every r-th block of a teacher's. Declares only.
+"""WeCoLoRA: a shorter vision transformer from one of every r blocks of a teacher's. Declares only.
 
-The student is the teacher with most of its blocks left out. The last layer of each block that is kept is fitted in
-closed form to make up for those (beyond the paper). Then low-rank updates of the copied weights are learnt so that the
-last tokens become the teacher's, on images without labels; they are folded into the weights, and the teacher's few-shot
-head is fitted again to the student's features.
+The student is the teacher without the blocks that matter least, and the last layer of each block that is kept is
+fitted in closed form to make up for those (both beyond the paper). Then low-rank updates of the copied weights are
+learnt so that the last tokens become the teacher's, on images without labels; they are folded into the weights, and
+the teacher's few-shot head is fitted again to the student's features.
 
 Source: Grigore et al., "Weight Copy and Low-Rank Adaptation for Few-Shot Distillation of Vision Transformers",
 arXiv:2404.09326, section 3. Its reference code was not used.
@@ -32,10 +32,10 @@ class BlocksParams(Params):
     """Which of the teacher's blocks the student keeps."""
 
     rule: Literal["last_of_group", "first_of_group", "influence"] = Field(
-        "last_of_group",
-        description="last_of_group: of every r blocks the last, as in the paper's figure. first_of_group: the first, "
-        "as in its code. influence: blocks are left out one by one, each time the one without which the tokens of your "
-        "images change least.",
+        "influence",
+        description="influence: blocks are left out one by one, each time the one without which the tokens of your "
+        "images change least. last_of_group: of every r blocks the last is kept, as in the paper's figure. "
+        "first_of_group: the first, as in its code.",
     )
     r: int = Field(2, ge=2, le=64, description="One block of every r is kept. The paper: 2 and 3.")
     most_parameters: int | None = Field(
@@ -296,6 +296,6 @@ METHOD = Method(
     presets={
         "draft": {"distillation": {"steps": 300, "views": 4}, "evaluation": {"latency_runs": 20}},
         "balanced": {},
-        "best": {"blocks": {"rule": "influence"}, "distillation": {"steps": 5000, "views": 16}},
+        "best": {"distillation": {"steps": 5000, "views": 16}},
     },
 )

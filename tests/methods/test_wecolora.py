@@ -30,6 +30,7 @@ WECOLORA = METHODS["wecolora"]
 CLASSES = ("blue", "green", "red")
 SHOTS = 4
 QUICK: dict[str, dict[str, Any]] = {
+    "blocks": {"rule": "last_of_group"},
     "teacher": {"views": 2},
     "distillation": {"steps": 30, "batch_size": 8, "views": 3, "lr": 3e-3},
     "student_head": {"views": 2},
