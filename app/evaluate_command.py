@@ -169,7 +169,10 @@ def _generator(name: str | None, method: Method, params: Params) -> generators.G
         if name is not None:
             raise typer.BadParameter(f"method '{method.name}' makes no use of a generator")
         return None
-    known = generators.GENERATORS
+    from app.catalogue.generators import catalogue  # noqa: PLC0415 - it loads the database's library
+    from app.settings import Settings  # noqa: PLC0415
+
+    known = catalogue(Settings())  # with the operator's own
     if (name or generators.DEFAULT) not in known:
         raise typer.BadParameter(f"there is no generator '{name}'; there are: {', '.join(sorted(known))}")
     spec = known[name or generators.DEFAULT]

@@ -123,6 +123,29 @@ def test_an_operators_file_of_teachers_that_is_missing_is_an_error(folder, tmp_p
     assert "DRAM_TEACHERS_FILE" in said
 
 
+def test_a_generator_of_the_operators_file_is_known(folder, tmp_path, monkeypatch):
+    (tmp_path / "own.toml").write_text(
+        f"""
+        [[generator]]
+        name = "mine"
+        title = "Bolts"
+        kind = "local"
+        source = "{tmp_path / "bolts"}"
+        resolution = 64
+        licence = "proprietary"
+        licence_url = "https://example.org/licence"
+        """
+    )
+    monkeypatch.setenv("DRAM_TEACHERS_FILE", str(tmp_path / "own.toml"))
+    order = (folder, *USUAL, "--method", "tint", "--work", tmp_path / "work")
+    code, said = run(*order, "--generator", "mine")
+    assert code == 1
+    assert "generator 'mine' cannot be had" in said  # its folder is not there
+    code, said = run(*order, "--generator", "another")
+    assert code == 2
+    assert "there is no generator 'another'; there are: embedded, mine" in said
+
+
 def evaluation(components: Components, costs: Costs, wanted: float = 0.02) -> Evaluation:
     accuracy = EpisodicAccuracy(0.6, 0.5, 0.7, 0.1, "", 4, 50, components)
     answered = Answered(0, ("a", "b"), (), (), (True,), 40.0, 0.05)
