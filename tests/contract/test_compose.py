@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
+from app.settings import Settings
+
 ROOT = Path(__file__).parents[2]
 PROFILES = ("gpu", "cpu", "minio")
 OURS = {"migrate", "gateway", "maintenance", "worker-gpu", "worker-cpu", "worker-cpu-only"}
@@ -105,6 +107,40 @@ def test_passwords_come_from_the_environment() -> None:
     assert (
         services["gateway"]["environment"]["DRAM_DATABASE_URL"] == "postgresql://dram:mine@postgres:5432/dram"
     )
+
+
+def test_every_setting_can_be_made_in_the_environment() -> None:
+    fixed = {"home", "database_url", "redis_url", "host", "port"}  # by what compose starts
+    names = {f"DRAM_{name.upper()}" for name in Settings.model_fields.keys() - fixed}
+    services = resolved(*PROFILES, **dict.fromkeys(names, "told"))
+    for name in OURS:
+        told = {key for key, value in services[name]["environment"].items() if value == "told"}
+        assert names - told <= {"DRAM_DEVICE"}, name
+    assert services["worker-gpu"]["environment"]["DRAM_DEVICE"] == "told"
+
+
+def test_what_is_not_set_is_left_to_the_settings(
+    services: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An empty value would be refused, and a default written in compose.yaml would be a second one."""
+    usual = Settings()
+    for name, value in services["gateway"]["environment"].items():
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    different = {name for name, value in Settings() if value != getattr(usual, name)}
+    assert different == {"home", "database_url", "redis_url", "storage_url", "log_json"}
+
+
+def test_networks_of_the_operator_are_there_for_all_who_read_the_file_of_teachers() -> None:
+    for name, service in resolved(*PROFILES, DRAM_NETWORKS="/srv/networks").items():
+        if name in OURS:
+            assert "/srv/networks:/networks:ro" in service["volumes"], name
+
+
+def test_answers_under_way_are_finished_before_the_gateway_is_killed(services: dict[str, Any]) -> None:
+    image = (ROOT / "docker" / "gateway.Dockerfile").read_text()
+    graceful = re.findall(r'"--timeout-graceful-shutdown", "(\d+)"', image)
+    assert int(services["gateway"]["stop_grace_period"].removesuffix("s")) > int(graceful[0])
 
 
 def test_only_the_gateway_is_reached_from_outside_and_only_from_this_machine(
