@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from app import console
-from app.client import ClientError, Dram, Job
+from app.client import ClientError, Dram, DramApiError, Job, JobEvent
 from app.connect import HERE, AsJson, HomeFolder, Key, Url, any_service, service
 from app.embedded import EmbeddedError
 from app.evaluate_command import evaluate
@@ -54,6 +56,9 @@ QueryBudget = Annotated[
     int | None, typer.Option(min=0, help="Most questions that a black-box teacher may be asked.")
 ]
 JobId = Annotated[str, typer.Argument(metavar="JOB")]
+
+#: After this, who watches a job that no worker has taken is told why.
+_PATIENCE_S = 10.0
 
 
 def main() -> None:
@@ -357,7 +362,7 @@ def _watch(dram: Dram, job_id: str, *, lasting: bool = True) -> Job:
     `lasting`: the service goes on when the command has ended, and so does the job on Ctrl-C.
     """
     try:
-        console.follow(dram.jobs.events(job_id))
+        console.follow(_or_why_not(dram, dram.jobs.events(job_id)))
         job = dram.jobs.wait(job_id)
     except KeyboardInterrupt:
         if lasting:
@@ -376,6 +381,35 @@ def _watch(dram: Dram, job_id: str, *, lasting: bool = True) -> Job:
             f"Questions to the teacher: {job.queries.spent:,}; answered before: {job.queries.cached:,}."
         )
     return job
+
+
+def _or_why_not(dram: Dram, events: Iterator[JobEvent]) -> Iterator[JobEvent]:
+    """The events; where no worker has taken the job after a while, what is missing is said, once."""
+    patience = threading.Timer(_PATIENCE_S, _say_what_is_missing, [dram])
+    patience.daemon = True
+    patience.start()
+    try:
+        for event in events:
+            if event.type == "job.started":
+                patience.cancel()
+            yield event
+    finally:
+        patience.cancel()
+        patience.join()  # where it speaks already, the client stays open so long
+
+
+def _say_what_is_missing(dram: Dram) -> None:
+    console.note("No worker has taken the job yet.")
+    try:
+        dram.ready()
+    except ClientError as failure:
+        missing = failure.errors if isinstance(failure, DramApiError) else []
+        for part in missing:
+            console.note(f"  {part['detail']}")
+        if not missing:
+            console.error(failure)
+    else:
+        console.note("  The service is ready: its workers may be busy with other jobs.")
 
 
 def _cancel(dram: Dram, job_id: str) -> None:

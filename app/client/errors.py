@@ -49,6 +49,14 @@ class DramApiError(ClientError):
             status=response.status_code,
             code=str(document.get("code", f"http_{response.status_code}")),
             detail=str(document.get("detail") or document.get("title") or response.reason_phrase),
-            errors=list(document.get("errors") or []),
+            errors=list(document.get("errors") or _failed(document.get("checks"))),
             request_id=document.get("request_id") or response.headers.get("X-Request-ID"),
         )
+
+
+def _failed(checks: Any) -> list[dict[str, Any]]:
+    """What a service that is not ready says of its parts, as findings."""
+    if not isinstance(checks, dict):
+        return []
+    missing = {name: check for name, check in checks.items() if not check.get("ok")}
+    return [{"code": name, "detail": f"{name}: {check.get('reason', '')}"} for name, check in missing.items()]

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -167,6 +168,62 @@ def test_ctrl_c_says_what_becomes_of_the_job_and_cancels_it_where_its_service_st
     assert ended.value.exit_code == 130
     assert [each.path for each in script.asked[1:]] == asked
     assert says in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("ready", "says"),
+    [
+        (
+            Answer(503, b'{"status": "not_ready", "checks": {"redis": {"ok": true, "reason": "It answers."}, '
+            b'"worker": {"ok": false, "reason": "No worker was seen: start one."}}}'),
+            "worker: No worker was seen: start one.",
+        ),
+        (Answer(body=b'{"status": "ready", "checks": {}}'), "its workers may be busy with other jobs."),
+        (problem(502, detail="A proxy speaks.", code="bad_gateway"), "A proxy speaks."),
+    ],
+)  # fmt: skip
+def test_who_watches_a_job_that_no_worker_takes_is_told_what_is_missing(
+    ready: Answer,
+    says: str,
+    script: Script,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    told = threading.Event()
+
+    def waiting(_: Asked) -> Answer:
+        assert told.wait(10)
+        return stream((1, "job.created"), (2, "job.started"), (3, "job.succeeded"))
+
+    def readiness(asked: Asked) -> Answer:
+        assert asked.path == "/readyz"
+        threading.Timer(0.5, told.set).start()
+        return ready
+
+    monkeypatch.setattr(cli, "_PATIENCE_S", 0.2)
+    script.answers = [waiting, readiness, job("succeeded", student_id="stu_1")]
+    with Dram(script.url) as client:
+        cli._watch(client, "job_1")
+    said = capfd.readouterr().err
+    assert "No worker has taken the job yet." in said
+    assert says in said
+    assert "It answers." not in said
+
+
+def test_who_watches_a_job_at_work_is_told_nothing_of_the_service(
+    script: Script, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def slow(_: Asked) -> Answer:
+        time.sleep(0.6)
+        return job("running")
+
+    monkeypatch.setattr(cli, "_PATIENCE_S", 0.3)
+    at_work, ended = stream((1, "job.created"), (2, "job.started")), stream((3, "job.succeeded"))
+    script.answers = [at_work, slow, ended, job("succeeded", student_id="stu_1")]
+    with Dram(script.url) as client:
+        cli._watch(client, "job_1")
+    assert "No worker" not in capfd.readouterr().err
+    assert "/readyz" not in [asked.path for asked in script.asked]
 
 
 def test_download_takes_a_job_and_prints_the_path(script: Script, tmp_path: Path) -> None:
