@@ -123,13 +123,15 @@ def class_map(path: Path, classes: Sequence[str]) -> None:
 
 
 def report(found: dict[str, Any]) -> None:
-    """Student beside teacher: accuracy, size, speed, as far as they are known."""
+    """Student beside teacher: how alike their features are, accuracy, size, speed, as far as they are known."""
     student, teacher, latency = found["student"], found["teacher"], found["latency"]
     segments = found.get("task") == "segmentation"
     how_good = (
         {"mean IoU": "miou", "pixel accuracy": "pixel_accuracy"} if segments else {"accuracy": "accuracy"}
     )
+    alike = {"cosine to the teacher's": "cosine", "CKA with the teacher's": "cka"}
     rows = [
+        *((title, _likeness(found[name]), "") for title, name in alike.items() if name in found),
         *(
             (title, *(_known(network[name], _interval) for network in (student, teacher)))
             for title, name in how_good.items()
@@ -223,6 +225,11 @@ def _interval(share: dict[str, Any]) -> str:
     if share["low"] is None:
         return f"{share['value']:.1%}"
     return f"{share['value']:.1%} [{share['low']:.1%}, {share['high']:.1%}]"
+
+
+def _likeness(figure: dict[str, Any]) -> str:
+    """Of features, at most 1, with its 95 % interval."""
+    return f"{figure['value']:.3f} [{figure['low']:.3f}, {figure['high']:.3f}]"
 
 
 def _known(value: Any, words: Callable[[Any], str]) -> str:

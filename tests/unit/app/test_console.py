@@ -55,3 +55,30 @@ def test_a_report_of_class_maps_shows_how_well_they_agree_with_masks(
     assert "90.0%" in shown  # without an interval
     assert "2.0 times smaller, 2.0 times faster (onnxruntime, 1 thread)" in shown
     assert "agreement" not in shown
+
+
+def test_a_report_of_features_shows_how_alike_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    about = {"name": "a", "title": "A", "parameters": 1000, "bytes": 4000, "accuracy": None}
+    console.report(
+        {
+            "task": "features",
+            "student": about,
+            "teacher": about,
+            "cosine": {"value": 0.91234, "low": 0.9, "high": 0.92},
+            "cka": {"value": 0.8, "low": 0.75, "high": 1.0},
+            "agreement": {"value": 0.5, "low": 0.4, "high": 0.6},
+            "latency": {
+                "student": {"median_ms": 1.5},
+                "teacher": {"median_ms": 3.0},
+                "speedup": {"value": 2.0},
+                "runtime": "onnxruntime",
+                "threads": 1,
+            },
+            "compression": {"bytes": 2.0},
+            "int8": {"asked": False},
+            "evaluation": {"explanation": "Compared on images."},
+        }
+    )
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "cosine to the teacher's 0.912 [0.900, 0.920]" in lines
+    assert "CKA with the teacher's 0.800 [0.750, 1.000]" in lines
