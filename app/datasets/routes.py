@@ -151,7 +151,11 @@ def mask(dataset_id: str, image_id: str, wiring: Wired, principal: Reader) -> Re
 
 @router.delete("/{dataset_id}", status_code=204, responses=documented(404))
 def delete(dataset_id: str, wiring: Wired, principal: Writer) -> None:
-    """Take a data set out of sight. Jobs that were made from it go on."""
+    """Take a data set out of sight. Jobs that were ordered with it go on.
+
+    Its images are removed when no job needs them: at the latest DRAM_RETENTION_DAYS after the end of the last one.
+    Images that a student was checked with are in its bundle too: DELETE /v1/students/{student_id}.
+    """
     service.delete(wiring, principal, dataset_id)
 
 

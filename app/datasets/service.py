@@ -109,7 +109,7 @@ def image_file(
 
 
 def delete(wiring: Wiring, principal: Principal, dataset_id: str) -> None:
-    """Take it out of sight. Jobs that use it keep its blobs."""
+    """Take it out of sight. Jobs that use it keep its blobs until they are let go of (`app.retention`)."""
     with wiring.database.writing() as session:
         get(session, principal, dataset_id)
         session.execute(sa.update(Dataset).where(Dataset.id == dataset_id).values(deleted_at=now()))
