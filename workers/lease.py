@@ -29,7 +29,8 @@ class Lease:
         self.claim = claim
         self._database = wiring.database
         self._settings = wiring.settings
-        self._step, self._total, self._alive = 0, 0, False
+        self._step: int | None = None  # until the stage speaks it is where it was
+        self._total, self._alive = 0, False
         self._points: dict[tuple[int, str], float] = {}
         self._renewed = self._tried = time.monotonic()
 

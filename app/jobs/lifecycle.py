@@ -149,17 +149,18 @@ def claim(
 
 
 def renew(
-    session: Session, held: Claim, settings: Settings, step: int, total: int,
+    session: Session, held: Claim, settings: Settings, step: int | None, total: int,
     points: Iterable[tuple[int, str, float]] = (), *, alive: bool = False,
 ) -> Verdict:  # fmt: skip
     """Keep the lease and record progress. Answers "go on", "cancel" or "stalled". Raises LeaseLost.
 
+    `step`: None while the stage has not said where it is; a retried one goes on from its checkpoint, not from 0.
     `alive`: the stage has said something since the last renewal, be it that it still waits at this step.
     """
     job, stage, shard = holding(session, held)
     clock = session.scalar(sa.select(now())) or 0.0
     shard.lease_until = clock + settings.lease_ttl_s
-    moved = step != shard.step
+    moved = step is not None and step != shard.step
     if moved:
         shard.step, shard.total = step, total
         session.flush()

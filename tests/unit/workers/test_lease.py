@@ -65,6 +65,23 @@ def test_progress_and_points_are_written_with_the_next_renewal_once(quick: Wirin
     assert points(quick) == [*written, (30, "loss", 0.5)]
 
 
+def test_a_claim_that_has_not_spoken_yet_leaves_the_progress_of_the_one_before(quick: Wiring) -> None:
+    job_id = submit_to(quick)
+    first = claim_of(quick, job_id)
+    lease = Lease(quick, first)
+    lease.progress(60, 100, {})
+    lease.keep()
+    change_shards(quick, lease_until=1.0)
+    with quick.database.writing() as session:
+        lifecycle.reap(session, first.shard_id, quick.settings)
+    lease = Lease(quick, claim_of(quick, job_id, "another"))
+    for report, step in ((None, 60), (50, 50)):
+        if report is not None:
+            lease.progress(report, 100, {})
+        assert lease.keep() == "go on"
+        assert shard_of(quick, job_id).step == step
+
+
 def test_a_point_that_is_told_twice_or_is_no_number_does_not_cost_the_lease(quick: Wiring) -> None:
     lease = Lease(quick, claim_of(quick, submit_to(quick)))
     lease.progress(10, 100, {"loss": 2.0})
