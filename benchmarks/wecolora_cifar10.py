@@ -59,7 +59,7 @@ AT_ONCE = 256
 QUICK_ROWS = 5
 
 COPIED, PAPER, RANDOM = "weight copy + KD", "WeCoLoRA", "random + KD"
-OURS = "blocks by influence, refitted, enhanced LoRA"
+OURS, LAST_KEPT = "blocks by influence, refitted, enhanced LoRA", "refitted blocks + enhanced LoRA"
 #: The distillation of every row, and its rule of blocks, but for what the row changes.
 SHARED = {"start": "copied", "lr": LEARNING_RATE}
 RULE = "last_of_group"
@@ -74,7 +74,7 @@ ROWS: dict[str, dict[str, dict[str, Any]]] = {
     RANDOM: {"distillation": {**FULL, "start": "random"}},
     "weight copy + plain LoRA": {"distillation": {"adaptation": "lora"}},
     OURS: {"blocks": INFLUENCE, "distillation": {**REFITTED, "lr": None}},
-    "refitted blocks + enhanced LoRA": {"distillation": {**REFITTED, "lr": None}},
+    LAST_KEPT: {"distillation": {**REFITTED, "lr": None}},
     "weight copy alone": {"distillation": {"adaptation": "none"}},
     "refitted blocks alone": {"distillation": {**REFITTED, "adaptation": "none"}},
     "weight copy + KD, at 4e-3": {"distillation": {**FULL, "lr": GENTLER}},
@@ -105,7 +105,7 @@ class Setting:
 
 
 MAIN = Setting(500, 2, rows=tuple(ROWS))
-LONGER = Setting(500, 2, updates=4 * UPDATES, rows=(COPIED, PAPER, RANDOM, OURS))
+LONGER = Setting(500, 2, updates=4 * UPDATES, rows=(COPIED, PAPER, RANDOM, OURS, LAST_KEPT))
 SETTINGS = (MAIN, LONGER, Setting(500, 3), Setting(5000, 2), Setting(5000, 3))
 #: Points by which WeCoLoRA is to be ahead of a row with 500 images and r = 2.
 AHEAD = {COPIED: 0.03, RANDOM: 0.20}
