@@ -26,6 +26,7 @@ from tests import rendered_masks, tiny_diffusion, tiny_vit
 
 METHOD = METHODS["wecolora_segmentation"]
 QUICK: dict[str, dict[str, Any]] = {
+    "blocks": {"rule": "last_of_group"},
     "distillation": {"steps": 30, "batch_size": 8, "views": 3, "lr": 3e-3, "input_size": 64},
     "evaluation": {"latency_runs": 5},
 }
@@ -138,7 +139,9 @@ def test_blocks_and_tokens_are_those_of_wecolora(
     """So that both methods share what they have in common."""
     keys = {step.stage.name: step.key for step in finished.planned}
     method = METHODS["wecolora"]
-    params = method.resolve("balanced", {"distillation": QUICK["distillation"], "generation": GENERATION})
+    params = method.resolve(
+        "balanced", {**{name: QUICK[name] for name in ("blocks", "distillation")}, "generation": GENERATION}
+    )
     documents = {
         name: each.model_dump(mode="json") for name, each in (("teacher", spec), ("generator", generator))
     }

@@ -371,7 +371,7 @@ def test_every_mistake_of_a_description_is_told_at_once(client: httpx.Client) ->
     ("url", "words"),
     [
         ("http://user:word@127.0.0.1/x", "header"),
-        ("http://127.0.0.1/x?api_key=abc", "api_key"),
+        ("http://127.0.0.1/x?api_key=hush-hush", "api_key"),
         ("http://127.0.0.1/x#part", "fragment"),
         ("ftp://127.0.0.1/x", "https://"),
         ("https://169.254.169.254/latest", "public internet"),
@@ -382,7 +382,7 @@ def test_every_mistake_of_a_description_is_told_at_once(client: httpx.Client) ->
 def test_a_url_that_cannot_be_asked_is_refused(client: httpx.Client, url: str, words: str) -> None:
     answer = client.post("/v1/teachers", json=order(url))
     assert words in pointers(answer)["/url"]
-    assert "abc" not in answer.text
+    assert "hush-hush" not in answer.text
 
 
 @pytest.mark.parametrize(
