@@ -31,7 +31,7 @@ from models.teachers import TeacherSpec
 
 NAME = "wecolora_segmentation"
 METHOD = METHODS[NAME]
-COPIED, OURS = "weight copy alone", "blocks by influence, refitted, enhanced LoRA"
+COPIED, OURS = "weight copy alone", "WeCoLoRA, blocks by influence"
 #: What each row changes in the parameters.
 ROWS: dict[str, dict[str, dict[str, Any]]] = {
     OURS: {},

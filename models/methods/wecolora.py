@@ -1,9 +1,9 @@
 """WeCoLoRA: a shorter vision transformer from one of every r blocks of a teacher's. Declares only.
 
-The student is the teacher without the blocks that matter least, and the last layer of each block that is kept is
-fitted in closed form to make up for those (both beyond the paper). Then low-rank updates of the copied weights are
-learnt so that the last tokens become the teacher's, on images without labels; they are folded into the weights, and
-the teacher's few-shot head is fitted again to the student's features.
+The student is the teacher without the blocks that matter least (beyond the paper, which keeps them at equal distances).
+Low-rank updates of the copied weights are learnt so that the last tokens become the teacher's, on images without
+labels; they are folded into the weights, and the teacher's few-shot head is fitted again to the student's features.
+Where asked, the last layer of each kept block is fitted in closed form before, to make up for those that are left out.
 
 Source: Grigore et al., "Weight Copy and Low-Rank Adaptation for Few-Shot Distillation of Vision Transformers",
 arXiv:2404.09326, section 3. Its reference code was not used.
@@ -89,10 +89,11 @@ class TokenDistillationParams(Params):
         "what it starts from.",
     )
     start: Literal["refitted", "copied", "random"] = Field(
-        "refitted",
+        "copied",
         description="The student's weights at first. copied: the teacher's, as in the paper. refitted: copied, then "
         "the last layer of each block is fitted in closed form, so that its tokens come near to those after the blocks "
-        "that it stands for. random: drawn anew, which shows what copying is worth and asks for adaptation full.",
+        "that it stands for; for little training or none (adaptation none). random: drawn anew, which shows what "
+        "copying is worth and asks for adaptation full.",
     )
     rank: int | None = Field(
         None,
@@ -125,7 +126,7 @@ class TokenDistillationParams(Params):
         None,
         gt=0,
         le=1,
-        description="Highest learning rate of the one-cycle schedule. Empty: 4e-3, of full training 1e-3, "
+        description="Highest learning rate of the one-cycle schedule. Empty: 1e-2, of full training 1e-3, "
         "less where the teacher is wider than 192 (a quarter of it at 768).",
     )
     weight_decay: float = Field(0.05, ge=0, le=1, description="AdamW's decoupled weight decay.")
@@ -249,7 +250,7 @@ DISTILL_TOKENS = Stage(
     optional=("support", "unlabelled"),
     params="distillation",
     weight=10.0,
-    version=2,
+    version=3,
 )
 METHOD = Method(
     name="wecolora",
@@ -285,7 +286,7 @@ METHOD = Method(
             shards=stages.folds,
             needed=lambda shape, params: shape.test == 0,
             weight=40.0,
-            version=2,
+            version=3,
         ),
         stages.EXAMINE,
         stages.TEACHER_GRAPH,

@@ -126,7 +126,7 @@ METHOD = Method(
             shards=folds,
             needed=lambda shape, params: shape.test == 0,
             weight=40.0,
-            version=3,
+            version=4,
         ),
         replace(stages.TEACHER_GRAPH, run=teacher_graph, inputs=("teacher", "trained_student")),
         replace(

@@ -33,7 +33,7 @@ from models.training.loop import Schedule, fit
 _AT_ONCE = 64
 _FEW_TOKENS = 256
 #: Of low-rank updates, of full training: measured with the embedded ViT, of this width. Of wider teachers it is less.
-_LR, _LR_OF_ALL, _WIDTH_OF_LR = 4e-3, 1e-3, 192
+_LR, _LR_OF_ALL, _WIDTH_OF_LR = 1e-2, 1e-3, 192
 _BETAS = (0.9, 0.95)  # as in the paper
 _REFIT_TOKENS = 2**17  # of all views together
 _REFIT_CROPS = 64  # of each image, at most, where views are not fixed
