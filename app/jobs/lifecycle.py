@@ -160,8 +160,9 @@ def renew(
     job, stage, shard = holding(session, held)
     clock = session.scalar(sa.select(now())) or 0.0
     shard.lease_until = clock + settings.lease_ttl_s
-    moved = step is not None and step != shard.step
-    if moved:
+    moved = False
+    if step is not None and step != shard.step:
+        moved = True
         shard.step, shard.total = step, total
         session.flush()
         _roll_up(session, job, stage)
