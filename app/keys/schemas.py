@@ -7,17 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from app.schemas import Answer, Order, Time
-
-Scope = Literal[
-    "datasets:read",
-    "datasets:write",
-    "jobs:read",
-    "jobs:write",
-    "students:read",
-    "students:write",
-    "teachers:write",
-    "admin",
-]
+from app.security.principal import Scope
 
 
 class KeyOrder(Order):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 #: What a key may be allowed to do. `admin` includes all of them and the management of keys.
-SCOPES = (
+Scope = Literal[
     "datasets:read",
     "datasets:write",
     "jobs:read",
@@ -15,7 +16,8 @@ SCOPES = (
     "students:write",
     "teachers:write",
     "admin",
-)
+]
+SCOPES: tuple[Scope, ...] = get_args(Scope)
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from models.training.checkpoint import History
 from models.training.loop import Schedule, fit
 
 _AT_ONCE = 64
-_FEW_TOKENS = 256
+_FEW_TOKENS = 256  # of an image; with more, plain attention would need too much memory
 #: Of low-rank updates, of full training: measured with the embedded ViT, of this width. Of wider teachers it is less.
 _LR, _LR_OF_ALL, _WIDTH_OF_LR = 1e-2, 1e-3, 192
 _BETAS = (0.9, 0.95)  # as in the paper
