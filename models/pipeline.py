@@ -182,6 +182,14 @@ class PlannedStage:
 
 
 @dataclass(frozen=True)
+class Misfit:
+    """A parameter that a teacher cannot do: its path, as "distillation.rank", and why, with what it can do."""
+
+    parameter: str
+    detail: str
+
+
+@dataclass(frozen=True)
 class Method:
     """A distillation method: where it comes from, what it needs, its parameters and its stages in order."""
 
@@ -198,6 +206,8 @@ class Method:
     draws: Callable[[Any], bool] = lambda params: False
     #: Most questions that a job puts to its teacher, from its shape and all parameters. None: it asks no black box.
     queries: Callable[[JobShape, Any], int] | None = None
+    #: What of all parameters cannot be done with the teacher (its spec), as far as that is known before the work.
+    misfit: Callable[[Any, Any], Misfit | None] = lambda params, teacher: None
     #: The one student of this method, which it makes of the teacher. None: any of `models.students.STUDENTS`.
     student: str | None = None
     task: Task = "classification"

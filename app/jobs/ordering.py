@@ -83,7 +83,7 @@ def choose(wiring: Wiring, principal: Principal, order: JobOrder) -> Choice:
         findings.append(Finding(error.code, "/generator_id", error.detail))
     if findings or method is None or params is None or teacher is None:
         raise _refused(findings)
-    _check_teacher(wiring, order, method, teacher)
+    _check_teacher(wiring, order, method, params, teacher)
     documents: dict[str, Any] = {
         "teacher.json": teacher.spec.model_dump(mode="json"),
         "student.json": {"name": order.student},
@@ -139,7 +139,9 @@ def _student_findings(order: JobOrder, method: Method | None) -> list[Finding]:
     return [Finding("method_lacks_student", "/student", detail)]
 
 
-def _check_teacher(wiring: Wiring, order: JobOrder, method: Method, teacher: Resolved) -> None:
+def _check_teacher(
+    wiring: Wiring, order: JobOrder, method: Method, params: Params, teacher: Resolved
+) -> None:
     missing = method.needs - teacher.spec.offers
     if missing:
         known = teachers.catalogue(wiring.settings).values()
@@ -155,6 +157,14 @@ def _check_teacher(wiring: Wiring, order: JobOrder, method: Method, teacher: Res
         reason = "" if state.available else state.reason
     if reason:
         raise Invalid(f"Teacher '{order.teacher_id}' cannot be used: {reason}", code="teacher_unavailable")
+    misfit = method.misfit(params, teacher.spec)
+    if misfit is not None:
+        finding = Finding(
+            "parameter_misfits_teacher",
+            "/params/" + misfit.parameter.replace(".", "/"),
+            f"Parameter '{misfit.parameter}': {misfit.detail}.",
+        )
+        raise Invalid(finding.detail, code=finding.code, findings=(finding,))
 
 
 def _generator(

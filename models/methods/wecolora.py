@@ -24,8 +24,9 @@ from pydantic import Field, model_validator
 
 from models import stages
 from models.methods.fsbbt import CHUNK, DrawingParams
-from models.pipeline import JobShape, Method, Params, Stage, StageContext, TeacherOutput
+from models.pipeline import JobShape, Method, Misfit, Params, Stage, StageContext, TeacherOutput
 from models.students import SHORTENED_VIT
+from models.teachers import TeacherSpec
 
 
 class BlocksParams(Params):
@@ -221,6 +222,17 @@ def makes_images(shape: JobShape, params: Any) -> bool:
     return bool(params.generation.images > 0)
 
 
+def too_high_a_rank(params: Any, teacher: TeacherSpec) -> Misfit | None:
+    """Updates of a rank that no layer has; the features of a vision transformer are as long as it is wide."""
+    rank, most = params.distillation.rank, teacher.embedding_dim
+    if rank is None or rank <= most or params.distillation.adaptation in ("full", "none"):
+        return None
+    return Misfit(
+        "distillation.rank",
+        f"rank {rank} is more than the width of teacher '{teacher.name}'. Choose at most {most}; usual is a sixth",
+    )
+
+
 SHORTEN = Stage(
     "shorten",
     shorten,
@@ -260,6 +272,7 @@ METHOD = Method(
     params=WecoloraParams,
     student=SHORTENED_VIT,
     draws=lambda params: params.generation.images > 0,
+    misfit=too_high_a_rank,
     stages=(
         SHORTEN,
         stages.ASK,

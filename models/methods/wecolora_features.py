@@ -74,6 +74,7 @@ METHOD = Method(
     params=WecoloraFeaturesParams,
     student=SHORTENED_VIT,
     draws=lambda params: params.generation.images > 0,
+    misfit=wecolora.too_high_a_rank,
     task="features",
     stages=(
         wecolora.SHORTEN,

@@ -102,6 +102,7 @@ METHOD = Method(
     params=WecoloraSegmentationParams,
     student=SHORTENED_VIT,
     draws=lambda params: params.generation.images > 0,
+    misfit=wecolora.too_high_a_rank,
     task="segmentation",
     stages=(
         wecolora.SHORTEN,

@@ -10,6 +10,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+import transformers
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -123,17 +124,22 @@ def test_a_job_runs_from_images_to_a_bundle(finished: tuple[Path, local.LocalRun
     assert report["student"]["accuracy"]["value"] > 0.6  # colours are told apart by random features, too
 
 
-def test_the_onnx_file_answers_as_the_network_does(finished: tuple[Path, local.LocalRun]) -> None:
-    run = finished[1]
+def check_that_the_onnx_file_answers_as_the_network(run: local.LocalRun) -> None:
     student = students.load(run.folder("trained_student"))
-    assert (student.mean, student.std) == (tiny_vit.MEAN, tiny_vit.STD)
     session = onnxruntime.InferenceSession(run.folder("student_onnx") / "model.onnx")
-    pixels = fewshot.load(run.folder("test"), tiny_vit.SIDE).pixels
+    pixels = fewshot.load(run.folder("test"), student.input_size).pixels
     (scores,) = session.run(None, {"image": pixels.permute(0, 2, 3, 1).numpy()})
     with torch.no_grad():
         ready = images.normalise(pixels.float() / 255, student.mean, student.std)
         expected = student.network(ready).softmax(1)
     np.testing.assert_allclose(scores, expected.numpy(), atol=1e-5)
+
+
+def test_the_onnx_file_answers_as_the_network_does(finished: tuple[Path, local.LocalRun]) -> None:
+    run = finished[1]
+    student = students.load(run.folder("trained_student"))
+    assert (student.input_size, student.mean, student.std) == (tiny_vit.SIDE, tiny_vit.MEAN, tiny_vit.STD)
+    check_that_the_onnx_file_answers_as_the_network(run)
 
 
 def test_training_brings_the_tokens_nearer_to_the_teachers(finished: tuple[Path, local.LocalRun]) -> None:
@@ -379,6 +385,45 @@ def test_a_teacher_that_is_no_vision_transformer_is_refused(
     with pytest.raises(TeacherError, match="only a vision transformer can be shortened") as caught:
         distil(splits, teacher, tmp_path, "shortened")
     assert "timm's VisionTransformer" in caught.value.hint
+
+
+def test_the_image_half_of_a_transformers_clip_is_a_teacher(
+    finished: tuple[Path, local.LocalRun], tmp_path: Path
+) -> None:
+    spec = clip_checkpoint(tmp_path / "clip")
+    run = distil(splits_of(finished[1], "support", "test"), spec, tmp_path, distillation={"steps": 3})
+    assert Shortening.load(run.folder("shortened")).kept == (1, 3)
+    check_that_the_onnx_file_answers_as_the_network(run)
+    assert (run.folder("bundle") / "bundle.zip").is_file()
+
+
+def clip_checkpoint(folder: Path) -> TeacherSpec:
+    """A CLIP of both halves with few random weights, as transformers writes it."""
+    torch.manual_seed(0)
+    sizes = {"num_attention_heads": 2, "intermediate_size": 48}
+    vision = {"hidden_size": 24, "num_hidden_layers": 4, "image_size": 32, "patch_size": 8, **sizes}
+    text = {"hidden_size": 16, "num_hidden_layers": 1, "vocab_size": 50, **sizes}
+    config = transformers.CLIPConfig(vision_config=vision, text_config=text, projection_dim=16)
+    network = transformers.CLIPModel(config)
+    network.save_pretrained(folder)
+    return TeacherSpec(
+        name="tiny_clip", title="Tiny CLIP, random weights", kind="transformers", source=str(folder),
+        input_size=32, parameters=sum(value.numel() for value in network.vision_model.parameters()),
+        embedding_dim=24, licence="Apache-2.0", licence_url="https://example.org/licence",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["wecolora", "wecolora_features", "wecolora_segmentation"])
+def test_a_rank_above_the_teachers_width_is_known_before_the_work(spec: TeacherSpec, name: str) -> None:
+    method = METHODS[name]
+    for rank, adaptation, fits in (
+        (tiny_vit.WIDTH, "enhanced_lora", True),
+        (tiny_vit.WIDTH + 1, "enhanced_lora", False),
+        (tiny_vit.WIDTH + 1, "full", True),
+        (None, "dora", True),
+    ):
+        params = method.resolve("draft", {"distillation": {"rank": rank, "adaptation": adaptation}})
+        assert (method.misfit(params, spec) is None) == fits
 
 
 def test_the_student_belongs_to_this_method_alone(folder: Path, spec: TeacherSpec, tmp_path: Path) -> None:

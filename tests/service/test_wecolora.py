@@ -124,3 +124,19 @@ def test_a_classifier_needs_labelled_images(stack: Stack) -> None:
     )
     assert (answer.status_code, answer.json()["code"]) == (422, "dataset_lacks_images")
     assert "Method 'wecolora' needs labelled images" in answer.json()["detail"]
+
+
+@pytest.mark.parametrize("method", ["wecolora", "wecolora_features"])
+def test_a_rank_that_the_teacher_cannot_have_is_refused_with_the_order(stack: Stack, method: str) -> None:
+    labelled = method == "wecolora"
+    dataset = stack.upload() if labelled else upload(stack, without_labels(few_shot_zip()))
+    order = {**ORDER, "dataset_id": dataset, "method": method, "dry_run": True}
+    high = {**order, "params": {"distillation": {"rank": tiny_vit.WIDTH + 1}}}
+    answer = stack.http.post("/v1/jobs", json=high)
+    assert (answer.status_code, answer.json()["code"]) == (422, "parameter_misfits_teacher")
+    (finding,) = answer.json()["errors"]
+    assert finding["pointer"] == "/params/distillation/rank"
+    assert "rank 49 is more than the width of teacher 'shop_vit'. Choose at most 48;" in finding["detail"]
+    for fitting in ({"rank": tiny_vit.WIDTH}, {"rank": tiny_vit.WIDTH + 1, "adaptation": "full"}):
+        answer = stack.http.post("/v1/jobs", json={**order, "params": {"distillation": fitting}})
+        assert answer.status_code == 200, answer.text
