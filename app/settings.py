@@ -63,7 +63,11 @@ class Settings(BaseSettings):
     max_shots: int = Field(
         50, ge=1, description="Most labelled images a class; with masks, in all so many for each class."
     )
-    min_shots: int = Field(2, ge=1, description="Fewest labelled images a class; with masks, in all.")
+    min_shots: int = Field(
+        1,
+        ge=1,
+        description="Fewest labelled images a class; with masks, in all. Without test images never fewer than 2.",
+    )
     image_timeout_s: float = Field(10, gt=0, description="Longest time one image may take to decode.")
     disk_reserve_bytes: int = Field(
         512 * 2**20, ge=0, description="Free space below which uploads are refused."

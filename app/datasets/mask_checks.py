@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from app.datasets.members import Member, class_pointer, pointer
-from app.datasets.report import Examined, ExaminedMask, Findings
+from app.datasets.report import Examined, ExaminedMask, Findings, fewest_shots, too_few
 from app.errors import Finding
 from app.settings import Settings
 from models.data import class_names
@@ -63,7 +63,9 @@ def check(findings: Findings, classes: Sequence[str], kept: Sequence[Examined], 
     if shown["test"] and not any(values - {IGNORED} for values in shown["test"]):
         detail = f"The masks in test/masks/ show no class: all pixels are {IGNORED}. Correct them, or remove test/."
         findings.faults.append(Finding("test_masks_without_class", "/files", detail))
-    findings.faults += _shots_out_of_bounds(len(shown["support"]), len(classes), settings)
+    findings.faults += _shots_out_of_bounds(
+        len(shown["support"]), len(classes), bool(shown["test"]), settings
+    )
     if len(classes) < 2:
         findings.faults.append(_too_few_classes(classes, shown["support"]))
     if len(classes) > settings.max_classes:
@@ -73,13 +75,12 @@ def check(findings: Findings, classes: Sequence[str], kept: Sequence[Examined], 
         findings.faults.append(Finding("too_many_classes", "/classes", detail))
 
 
-def _shots_out_of_bounds(shots: int, classes: int, settings: Settings) -> list[Finding]:
+def _shots_out_of_bounds(shots: int, classes: int, tested: bool, settings: Settings) -> list[Finding]:
     """Too few or too many images with masks. A mask shows several classes: as many are possible as in class folders."""
     most = settings.max_shots * classes
-    if shots < settings.min_shots:
+    if shots < fewest_shots(settings, tested):
         images = "1 usable image with a mask" if shots == 1 else f"{shots} usable images with masks"
-        needed = f"at least {settings.min_shots} are needed to learn from"
-        detail = f"The upload has {images}; {needed}. Add some to images/ and masks/."
+        detail = f"The upload has {images}; {too_few(settings, tested)}. Add some to images/ and masks/."
         return [Finding("too_few_shots", "/files", detail)]
     if shots > most and classes > 1:
         detail = (

@@ -108,6 +108,7 @@ def check_counts(
 ) -> None:
     """Every class needs enough images and must not have too many."""
     shots, tests = _counts(findings, classes, kept)
+    tested = any(tests[name] for name in classes)
     if len(classes) < 2:
         names = f"only the class '{classes[0]}'" if classes else "no class"
         findings.faults.append(
@@ -119,9 +120,9 @@ def check_counts(
             )
         )
     for name in classes:
-        if shots[name] < settings.min_shots:
+        if shots[name] < fewest_shots(settings, tested):
             images = "1 usable image" if shots[name] == 1 else f"{shots[name]} usable images"
-            needed = f"at least {settings.min_shots} are needed"
+            needed = too_few(settings, tested)
             detail = f"Class '{name}' has {images}; {needed}. Add some, or remove {name}/."
             findings.faults.append(Finding("too_few_shots", class_pointer(name), detail))
         elif shots[name] > settings.max_shots:
@@ -133,6 +134,17 @@ def check_counts(
         if tests and not tests[name]:
             detail = f"Class '{name}' has no test image, so its accuracy will not be known. Add some to test/{name}/."
             findings.warnings.append(Finding("class_without_test_images", class_pointer(name), detail))
+
+
+def fewest_shots(settings: Settings, tested: bool) -> int:
+    """Labelled images that a class needs; without test images one of them is held back in turn, and asked about."""
+    return settings.min_shots if tested else max(settings.min_shots, 2)
+
+
+def too_few(settings: Settings, tested: bool) -> str:
+    """How many are needed, and whether test images would do instead."""
+    fewest = fewest_shots(settings, tested)
+    return f"at least {fewest} are needed" + ("" if fewest == settings.min_shots else " without test images")
 
 
 def check_unlabelled(findings: Findings, classes: Sequence[str], kept: Sequence[Examined]) -> None:

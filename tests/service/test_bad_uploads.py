@@ -373,10 +373,20 @@ def test_a_class_left_with_too_few_is_named_together_with_the_bad_image(
     before = left_behind(wiring)
     answer = send(client, zipped({**good(), "washer/1.jpg": picture(40), f"washer/{name}": make()}))
     assert_problem(
-        answer, 422, "too_few_shots", "/classes/washer", "has 1 usable image; at least 2 are needed"
-    )
+        answer, 422, "too_few_shots", "/classes/washer",
+        "has 1 usable image; at least 2 are needed without test images. Add some, or remove washer/.",
+    )  # fmt: skip
     assert_problem(answer, 422, "too_few_shots", f"/files/washer~1{name}", mend, finding_code=code)
     assert left_behind(wiring) == before
+
+
+def test_one_image_of_a_class_is_enough_where_there_are_test_images(client: httpx.Client) -> None:
+    tests = {f"test/class{label}/0.jpg": picture(40 + label) for label in range(2)}
+    answer = send(client, zipped({**good(shots=1), **tests}))
+    assert answer.status_code == 201, answer.text
+    assert (answer.json()["smallest_class"], answer.json()["report"]["verdict"]) == (1, "ok")
+    unknown = send(client, zipped({**good(shots=1), "test/unknown/0.jpg": picture(40)})).json()["errors"]
+    assert {finding["code"] for finding in unknown} >= {"too_few_shots", "unknown_test_class"}
 
 
 def test_a_damaged_entry_costs_that_image_only(client: httpx.Client) -> None:

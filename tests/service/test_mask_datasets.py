@@ -187,6 +187,12 @@ def test_a_mask_that_cannot_be_used_refuses_the_upload(client: httpx.Client, mas
     assert found["/files/masks~10.png"].startswith(f"masks/0.png: {words}")
 
 
+def test_one_image_with_a_mask_is_enough_where_others_test(client: httpx.Client) -> None:
+    test = {"test/images/0.png": noise(9), "test/masks/0.png": mask_png(halves(1, 0))}
+    dataset = created(client, pairs(mask_png(halves(0, 1))) | test)
+    assert {name: split["images"] for name, split in dataset["splits"].items()} == {"support": 1, "test": 1}
+
+
 def test_a_mask_of_the_image_before_it_was_turned_is_told_so(client: httpx.Client) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
