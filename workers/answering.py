@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from app.jobs import queries
-from app.jobs.lifecycle import Claim
+from app.jobs.claims import Claim
 from models.errors import BudgetSpent
 from workers.asking import decoded, encoded
 from workers.lease import Lease

@@ -11,13 +11,13 @@ import sqlalchemy as sa
 import structlog
 from sqlalchemy.orm import Session
 
-from app.jobs import lifecycle
-from app.jobs.lifecycle import Claim, LeaseLost
+from app.jobs import claims
+from app.jobs.claims import Claim, LeaseLost
 from app.wiring import Wiring
 
 log = structlog.get_logger()
 Result = TypeVar("Result")
-Verdict = lifecycle.Verdict | Literal["lost"]
+Verdict = claims.Verdict | Literal["lost"]
 
 _PAUSE_S = 0.5
 
@@ -52,7 +52,7 @@ class Lease:
         points = [(step, name, value) for (step, name), value in self._points.items()]
         try:
             with self._database.writing() as session:
-                verdict = lifecycle.renew(
+                verdict = claims.renew(
                     session, self.claim, self._settings, self._step, self._total, points, alive=self._alive
                 )
         except LeaseLost:

@@ -16,7 +16,7 @@ import structlog
 
 from app import observability, retention
 from app.db import now
-from app.jobs import lifecycle, service
+from app.jobs import claims, lifecycle, service
 from app.jobs.lifecycle import Ready
 from app.jobs.tables import Job, Shard
 from app.settings import Settings
@@ -52,7 +52,7 @@ def run_round(wiring: Wiring) -> None:
     """One round: reap, end overdue jobs, ring again."""
     for shard_id in _expired(wiring):
         with wiring.database.writing() as session:
-            ready = lifecycle.reap(session, shard_id, wiring.settings)
+            ready = claims.reap(session, shard_id, wiring.settings)
         log.info("lease_ended", shard=shard_id, again=bool(ready))
         service.announce(wiring, ready)
     for job_id in _overdue(wiring):

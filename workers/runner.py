@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from app.jobs.lifecycle import Claim
+from app.jobs.claims import Claim
 from app.processes import dying_with
 from app.settings import HANDED_ON, Settings
 

@@ -16,8 +16,9 @@ from sqlalchemy.orm import Session
 from structlog.contextvars import bound_contextvars
 
 from app.errors import DramError
-from app.jobs import lifecycle, queries, service
-from app.jobs.lifecycle import Claim, JobError, LeaseLost, Ready
+from app.jobs import claims, queries, service
+from app.jobs.claims import Claim, LeaseLost
+from app.jobs.lifecycle import JobError, Ready
 from app.settings import Settings
 from app.storage import BlobStore
 from app.wiring import Wiring
@@ -76,7 +77,7 @@ def bench() -> Bench:
 def run_shard(shard_id: str) -> None:
     here = bench()
     with here.wiring.database.writing() as session:
-        claim, ready = lifecycle.claim(session, shard_id, here.worker, here.wiring.settings)
+        claim, ready = claims.claim(session, shard_id, here.worker, here.wiring.settings)
     if claim is not None:
         with bound_contextvars(job=claim.job_id, stage=claim.stage, shard=claim.shard, attempt=claim.attempt):
             log.info("claimed")
@@ -96,7 +97,7 @@ def work(wiring: Wiring, compute: ComputeProcess, claim: Claim) -> list[Ready]:
         log.warning("lease_lost")
     except Stopping:
         compute.kill()
-        lease.finish(partial(lifecycle.release, held=claim))
+        lease.finish(partial(claims.release, held=claim))
         log.info("released")
     except BaseException:
         compute.kill()  # what it still says must not be taken for an answer to the next claim
@@ -114,7 +115,7 @@ def _computed(
         headers = _headers(wiring, claim)
     except DramError as reason:
         broken = JobError(reason.code, reason.detail, retryable=True)
-        return partial(lifecycle.fail, held=claim, error=broken, settings=settings)
+        return partial(claims.fail, held=claim, error=broken, settings=settings)
     compute.start(claim, headers)
     while True:
         message = compute.message(timeout=_POLL_S)
@@ -123,7 +124,7 @@ def _computed(
                 lease.progress(message.step, message.total, message.metrics)
             case Kept():
                 forgotten = lease.finish(
-                    partial(lifecycle.keep_checkpoint, held=claim, step=message.step, files=message.files)
+                    partial(claims.keep_checkpoint, held=claim, step=message.step, files=message.files)
                 )
                 _delete(wiring.blobs, forgotten)
             case Asked():
@@ -138,20 +139,20 @@ def _computed(
                 error = JobError(
                     message.code, message.detail, message.hint, message.retryable, message.after_s
                 )
-                return partial(lifecycle.fail, held=claim, error=error, settings=settings)
+                return partial(claims.fail, held=claim, error=error, settings=settings)
             case Died():
                 log.warning("compute_died", status=message.status)
-                return partial(lifecycle.fail, held=claim, error=_death(message.status), settings=settings)
+                return partial(claims.fail, held=claim, error=_death(message.status), settings=settings)
         match lease.keep():
             case "cancel":
                 compute.kill()
                 log.info("cancelled")
-                return partial(lifecycle.stopped, held=claim)
+                return partial(claims.stopped, held=claim)
             case "stalled":
                 compute.kill()
                 detail = f"No progress for {settings.stall_s:.0f} s; the compute process was stopped."
                 error = JobError("stage_stalled", detail, retryable=True)
-                return partial(lifecycle.fail, held=claim, error=error, settings=settings)
+                return partial(claims.fail, held=claim, error=error, settings=settings)
             case "lost":
                 raise LeaseLost(claim.shard_id)
 
@@ -176,7 +177,7 @@ def _headers(wiring: Wiring, claim: Claim) -> dict[str, str]:
 
 def _complete(session: Session, held: Claim, made: Done, cached: int) -> list[Ready]:
     queries.count_cached(session, held, cached)
-    return lifecycle.complete(session, held, made.files, made.bytes, made.facts)
+    return claims.complete(session, held, made.files, made.bytes, made.facts)
 
 
 def _death(status: int) -> JobError:

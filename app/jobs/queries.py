@@ -1,6 +1,6 @@
 """Questions to black-box teachers: what a job may still ask, and what its tenant's jobs were answered before.
 
-Each function is one part of a write unit, like those of `lifecycle`. What counts questions locks the job's row, so
+Each function is one part of a write unit, like those of `claims`. What counts questions locks the job's row, so
 that workers that ask at once never spend more than the budget together, and works only for the newest claim of its
 shard. Whatever was reserved stays counted after a crash, a retry or a restart: it may have been paid.
 """
@@ -14,8 +14,8 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from app.db import now, upsert
-from app.jobs import lifecycle
-from app.jobs.lifecycle import Claim
+from app.jobs import claims
+from app.jobs.claims import Claim
 from app.jobs.tables import Job, TeacherAnswer
 from app.settings import Settings
 from app.teachers import service as teachers
@@ -34,7 +34,7 @@ class Known:
 
 def reserve(session: Session, held: Claim, count: int) -> None:
     """Count questions before they are sent. Raises BudgetSpent, and LeaseLost."""
-    job, _, _ = lifecycle.holding(session, held)
+    job, _, _ = claims.holding(session, held)
     if job.query_budget is not None and job.queries_spent + count > job.query_budget:
         raise BudgetSpent(
             f"The job may put {job.query_budget} questions to its teacher; {job.queries_spent} are spent, and"
@@ -47,13 +47,13 @@ def reserve(session: Session, held: Claim, count: int) -> None:
 
 def release(session: Session, held: Claim, count: int) -> None:
     """Take back questions that the teacher refused without an answer. Raises LeaseLost."""
-    job, _, _ = lifecycle.holding(session, held)
+    job, _, _ = claims.holding(session, held)
     job.queries_spent -= count
 
 
 def known_answers(session: Session, held: Claim, teacher: str, images: Sequence[str]) -> Known:
     """What the tenant's jobs were answered to these images, which are now used again. Raises LeaseLost."""
-    job, _, _ = lifecycle.holding(session, held)
+    job, _, _ = claims.holding(session, held)
     answers: dict[str, bytes] = {}
     earlier = 0
     for start in range(0, len(images), _NAMES):
@@ -89,7 +89,7 @@ def record_answers(session: Session, held: Claim, teacher: str, answers: Mapping
 
 def count_cached(session: Session, held: Claim, count: int) -> None:
     """Count answers of earlier jobs that a shard used, in the write unit that completes it. Raises LeaseLost."""
-    job, _, _ = lifecycle.holding(session, held)
+    job, _, _ = claims.holding(session, held)
     job.queries_cached += count
 
 

@@ -16,8 +16,8 @@ import pytest
 import sqlalchemy as sa
 
 from app.errors import NotFound
-from app.jobs import lifecycle
-from app.jobs.lifecycle import Claim
+from app.jobs import claims, lifecycle
+from app.jobs.claims import Claim
 from app.jobs.reader import JobReader
 from app.jobs.tables import Job, JobStage, Shard, Worker
 from app.wiring import Wiring
@@ -48,7 +48,7 @@ def claim(wiring: Wiring, job_id: str) -> Claim:
     """Take the first ready shard of the job, as a worker would."""
     with wiring.database.writing() as session:
         ready = sa.select(Shard.id).where(Shard.job_id == job_id, Shard.status == "ready")
-        claimed, _ = lifecycle.claim(session, session.scalars(ready).first() or "", "w", wiring.settings)
+        claimed, _ = claims.claim(session, session.scalars(ready).first() or "", "w", wiring.settings)
     assert claimed is not None
     return claimed
 
@@ -62,7 +62,7 @@ def run(wiring: Wiring, job_id: str) -> None:
                 return
         held = claim(wiring, job_id)
         with wiring.database.writing() as session:
-            lifecycle.complete(session, held, {}, 0, facts if held.output == "bundle" else None)
+            claims.complete(session, held, {}, 0, facts if held.output == "bundle" else None)
 
 
 def test_an_order_is_answered_with_a_queued_job_and_its_stages(client: httpx.Client, dataset: str) -> None:
@@ -384,7 +384,7 @@ def test_training_curves_are_kept_once_also_when_a_stage_is_resumed(
     held = claim(wiring, job_id)
     for value in (2.0, 1.0):
         with wiring.database.writing() as session:
-            lifecycle.renew(session, held, wiring.settings, 10, 100, [(10, "loss", value)])
+            claims.renew(session, held, wiring.settings, 10, 100, [(10, "loss", value)])
     (point,) = client.get(f"/v1/jobs/{job_id}/metrics").json()["data"]
     assert point == {"stage": "ask", "shard": 0, "name": "loss", "step": 10, "value": 1.0}
 
@@ -394,7 +394,7 @@ def test_a_job_shows_its_progress_and_an_eta(client: httpx.Client, wiring: Wirin
     held = claim(wiring, job_id)
     time.sleep(0.1)
     with wiring.database.writing() as session:
-        lifecycle.renew(session, held, wiring.settings, 50, 100)
+        claims.renew(session, held, wiring.settings, 50, 100)
     progress = client.get(f"/v1/jobs/{job_id}").json()["progress"]
     assert (progress["stage"], progress["step"], progress["total_steps"]) == ("ask", 50, 100)
     assert 0 < progress["percent"] < 100
@@ -408,13 +408,13 @@ def test_the_eta_of_a_retried_job_counts_neither_the_pause_nor_what_was_done_bef
 
     def progress(held: Claim, step: int) -> dict[str, Any]:
         with wiring.database.writing() as session:
-            lifecycle.renew(session, held, wiring.settings, step, 100)
+            claims.renew(session, held, wiring.settings, step, 100)
         return dict(client.get(f"/v1/jobs/{job_id}").json()["progress"])
 
     held = claim(wiring, job_id)
     begun = progress(held, 40)["percent"]
     with wiring.database.writing() as session:
-        lifecycle.fail(session, held, lifecycle.JobError("teacher_unusable", "No."), wiring.settings)
+        claims.fail(session, held, lifecycle.JobError("teacher_unusable", "No."), wiring.settings)
         session.execute(sa.update(Job).values(started_at=1000.0, resumed_at=1000.0))  # long ago
     client.post(f"/v1/jobs/{job_id}/retry")
     held = claim(wiring, job_id)
@@ -447,7 +447,7 @@ def test_a_failed_job_says_why_and_what_to_do(client: httpx.Client, wiring: Wiri
     error = lifecycle.JobError("teacher_unusable", "The weights are damaged.", "Install them again.")
     held = claim(wiring, job_id)
     with wiring.database.writing() as session:
-        lifecycle.fail(session, held, error, wiring.settings)
+        claims.fail(session, held, error, wiring.settings)
     job = client.get(f"/v1/jobs/{job_id}").json()
     assert job["status"] == "failed"
     assert job["error"] == {

@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 from app import ids, retention
 from app.datasets.tables import Dataset, DatasetImage
 from app.db import now
-from app.jobs import lifecycle, plan
+from app.jobs import claims, lifecycle, plan
 from app.jobs.tables import IdempotencyKey, Job, JobStage, Shard, StageOutput, Worker
 from app.storage import YOUNG_S, LocalStore
 from app.students.tables import Student
@@ -349,10 +349,10 @@ def finish_stage(wiring: Wiring, job_id: str) -> str:
     """Do what is ready; the name of its stage."""
     with wiring.database.writing() as session:
         ready = sa.select(Shard.id).where(Shard.job_id == job_id, Shard.status == "ready")
-        claim, _ = lifecycle.claim(session, session.scalars(ready).one(), "w", wiring.settings)
+        claim, _ = claims.claim(session, session.scalars(ready).one(), "w", wiring.settings)
         assert claim is not None
         facts = {"classes": ["a"], "summary": {}} if claim.output == "bundle" else None
-        lifecycle.complete(session, claim, {"f": "b"}, 1, facts)
+        claims.complete(session, claim, {"f": "b"}, 1, facts)
     return claim.stage
 
 

@@ -9,8 +9,8 @@ import pytest
 import sqlalchemy as sa
 
 from app import ids
-from app.jobs import lifecycle
-from app.jobs.lifecycle import Claim
+from app.jobs import claims, lifecycle
+from app.jobs.claims import Claim
 from app.jobs.tables import Job, JobStage, Shard
 from app.tables import Dataset
 from app.wiring import Wiring
@@ -55,7 +55,7 @@ def claim_of(wiring: Wiring, job_id: str, worker: str = "w") -> Claim:
     """The claim of the job's first ready shard."""
     with wiring.database.writing() as session:
         ready = sa.select(Shard.id).where(Shard.job_id == job_id, Shard.status == "ready")
-        claim, _ = lifecycle.claim(
+        claim, _ = claims.claim(
             session, session.scalars(ready.order_by(Shard.position)).first() or "", worker, wiring.settings
         )
     assert claim is not None

@@ -14,8 +14,8 @@ import pytest
 import sqlalchemy as sa
 
 from app import ids
-from app.jobs import lifecycle
-from app.jobs.lifecycle import LeaseLost
+from app.jobs import claims, lifecycle
+from app.jobs.claims import LeaseLost
 from app.jobs.tables import JobMetric, Shard
 from app.settings import Settings
 from app.wiring import Wiring
@@ -73,7 +73,7 @@ def test_a_claim_that_has_not_spoken_yet_leaves_the_progress_of_the_one_before(q
     lease.keep()
     change_shards(quick, lease_until=1.0)
     with quick.database.writing() as session:
-        lifecycle.reap(session, first.shard_id, quick.settings)
+        claims.reap(session, first.shard_id, quick.settings)
     lease = Lease(quick, claim_of(quick, job_id, "another"))
     for report, step in ((None, 60), (50, 50)):
         if report is not None:
@@ -128,12 +128,12 @@ def test_it_is_lost_when_another_worker_has_claimed_the_shard(quick: Wiring) -> 
     claim = claim_of(quick, job_id)
     change_shards(quick, lease_until=1.0)
     with quick.database.writing() as session:
-        lifecycle.reap(session, claim.shard_id, quick.settings)
+        claims.reap(session, claim.shard_id, quick.settings)
     claim_of(quick, job_id, "another")
     lease = Lease(quick, claim)
     assert lease.keep() == "lost"
     with pytest.raises(LeaseLost):
-        lease.finish(partial(lifecycle.complete, held=claim, files={}, size=0))
+        lease.finish(partial(claims.complete, held=claim, files={}, size=0))
 
 
 class Away:
@@ -207,7 +207,7 @@ def test_the_ending_is_written_when_the_database_is_back(away: Away) -> None:
     away.leave()
     back = Timer(0.3, away.come_back)
     back.start()
-    lease.finish(partial(lifecycle.complete, held=claim, files={"f": "b"}, size=1))
+    lease.finish(partial(claims.complete, held=claim, files={"f": "b"}, size=1))
     back.join()
     with away.wiring.database.reading() as session:
         assert session.get_one(Shard, claim.shard_id).status == "succeeded"
@@ -220,6 +220,6 @@ def test_an_ending_that_cannot_be_written_within_the_lease_is_lost(away: Away) -
     away.leave()
     since = time.monotonic()
     with pytest.raises(LeaseLost):
-        lease.finish(partial(lifecycle.complete, held=claim, files={}, size=0))
+        lease.finish(partial(claims.complete, held=claim, files={}, size=0))
     assert 1.4 < time.monotonic() - since < 4
     away.come_back()

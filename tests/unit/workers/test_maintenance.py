@@ -16,7 +16,7 @@ import pytest
 import sqlalchemy as sa
 
 from app import ids
-from app.jobs import lifecycle
+from app.jobs import claims
 from app.jobs.tables import Job, Shard
 from app.settings import Settings
 from app.wiring import Wiring
@@ -84,7 +84,7 @@ def test_a_shard_that_a_stopping_worker_gave_back_is_rung_for_in_the_next_round(
 ) -> None:
     claim = claim_of(listening, submit_to(listening))
     with listening.database.writing() as session:
-        lifecycle.release(session, claim)
+        claims.release(session, claim)
     maintenance.run_round(listening)
     maintenance.run_round(listening)
     assert bell.rung == [(claim.shard_id, "cpu")]

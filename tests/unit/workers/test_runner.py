@@ -13,7 +13,7 @@ import psutil
 import pytest
 from pydantic import SecretStr
 
-from app.jobs.lifecycle import Claim
+from app.jobs.claims import Claim
 from app.settings import HANDED_ON, Settings
 from app.storage import LocalStore
 from tests.conftest import eventually

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 import pytest
 
-from app.jobs.lifecycle import Claim
+from app.jobs.claims import Claim
 from app.wiring import Wiring
 from tests.unit.workers.jobs import claim_of, shard_of, submit_to
 from workers import tasks

@@ -16,8 +16,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from app import ids
 from app.db import Base, Database
-from app.jobs import events, lifecycle, plan, service
-from app.jobs.lifecycle import Claim, JobError, LeaseLost
+from app.jobs import claims, events, lifecycle, plan, service
+from app.jobs.claims import Claim, LeaseLost
+from app.jobs.lifecycle import JobError
 from app.jobs.tables import Job, JobEvent, JobStage, Shard, StageOutput
 from app.settings import Settings
 from app.students.tables import Student
@@ -98,13 +99,13 @@ def ready(database: Database, job_id: str) -> list[str]:
 
 def take(database: Database, shard_id: str, worker: str = "w") -> Claim | None:
     with database.writing() as session:
-        return lifecycle.claim(session, shard_id, worker, SETTINGS)[0]
+        return claims.claim(session, shard_id, worker, SETTINGS)[0]
 
 
 def finish(database: Database, claim: Claim) -> None:
     facts = FACTS if claim.output == "bundle" else None
     with database.writing() as session:
-        lifecycle.complete(session, claim, {"file": f"blob-{claim.shard_id}"}, 1, facts)
+        claims.complete(session, claim, {"file": f"blob-{claim.shard_id}"}, 1, facts)
 
 
 def run_to_end(database: Database, job_id: str) -> list[str]:
@@ -144,7 +145,7 @@ def reap(database: Database) -> None:
         )
     for shard_id in running:
         with database.writing() as session:
-            lifecycle.reap(session, shard_id, SETTINGS)
+            claims.reap(session, shard_id, SETTINGS)
 
 
 def test_a_job_runs_its_stages_in_order_and_ends_with_one_student(database: Database) -> None:
@@ -203,11 +204,11 @@ def test_a_stale_worker_changes_nothing_after_another_claimed_its_shard(database
     assert fresh is not None
     assert fresh.epoch == stale.epoch + 1
     for write in (
-        lambda session: lifecycle.complete(session, stale, {"file": "stale"}, 1),
-        lambda session: lifecycle.renew(session, stale, SETTINGS, 5, 10),
-        lambda session: lifecycle.keep_checkpoint(session, stale, 5, {"c": "stale"}),
-        lambda session: lifecycle.fail(session, stale, JobError("x", "y"), SETTINGS),
-        lambda session: lifecycle.release(session, stale),
+        lambda session: claims.complete(session, stale, {"file": "stale"}, 1),
+        lambda session: claims.renew(session, stale, SETTINGS, 5, 10),
+        lambda session: claims.keep_checkpoint(session, stale, 5, {"c": "stale"}),
+        lambda session: claims.fail(session, stale, JobError("x", "y"), SETTINGS),
+        lambda session: claims.release(session, stale),
     ):
         with pytest.raises(LeaseLost), database.writing() as session:
             write(session)
@@ -224,7 +225,7 @@ def test_lost_work_is_tried_again_from_its_checkpoint_and_counted(database: Data
     assert claim is not None
     for step in (10, 20):
         with database.writing() as session:
-            lifecycle.keep_checkpoint(session, claim, step, {"state": f"blob-{step}"})
+            claims.keep_checkpoint(session, claim, step, {"state": f"blob-{step}"})
     let_lease_end(database)
     reap(database)
     again = take(database, shard_id, "w2")
@@ -244,7 +245,7 @@ def test_the_two_newest_checkpoints_are_remembered_and_the_third_is_handed_back(
     for step in (10, 20, 30, 40):
         with database.writing() as session:
             files = {"state": f"blob-{step}"}
-            forgotten.append(lifecycle.keep_checkpoint(session, claim, step, files))
+            forgotten.append(claims.keep_checkpoint(session, claim, step, files))
     assert forgotten == [set(), set(), {"blob-10"}, {"blob-20"}]
 
 
@@ -270,12 +271,12 @@ def test_an_error_that_may_pass_is_tried_again_and_one_that_will_not_is_final(da
     claim = take(database, shard_id)
     assert claim is not None
     with database.writing() as session:
-        lifecycle.fail(session, claim, JobError("disk_full", "full", retryable=True), SETTINGS)
+        claims.fail(session, claim, JobError("disk_full", "full", retryable=True), SETTINGS)
     time.sleep(0.01)
     claim = take(database, shard_id)
     assert claim is not None
     with database.writing() as session:
-        lifecycle.fail(session, claim, JobError("data_unusable", "broken"), SETTINGS)
+        claims.fail(session, claim, JobError("data_unusable", "broken"), SETTINGS)
     assert job_of(database, job_id).status == "failed"
 
 
@@ -286,7 +287,7 @@ def test_a_pause_that_the_teacher_asks_for_is_kept_between_attempts(database: Da
     assert claim is not None
     busy = JobError("teacher_busy", "no time", retryable=True, after_s=120.0)
     with database.writing() as session:
-        lifecycle.fail(session, claim, busy, SETTINGS)
+        claims.fail(session, claim, busy, SETTINGS)
         ready_at = session.get_one(Shard, shard_id).ready_at
     assert ready_at is not None
     assert 110 < ready_at - time.time() < 121
@@ -299,7 +300,7 @@ def test_a_teacher_that_asks_for_a_very_long_pause_is_not_asked_again_by_the_job
     assert claim is not None
     with database.writing() as session:
         busy = JobError("teacher_busy", "in an hour", retryable=True, after_s=3600.0)
-        lifecycle.fail(session, claim, busy, SETTINGS)
+        claims.fail(session, claim, busy, SETTINGS)
     job = job_of(database, job_id)
     assert job.status == "failed"
     assert job.error is not None
@@ -315,9 +316,9 @@ def test_cancel_stops_waiting_work_now_and_running_work_at_its_heartbeat(databas
     assert job_of(database, job_id).status == "cancelling"
     assert ready(database, job_id) == []
     with database.writing() as session:
-        assert lifecycle.renew(session, claim, SETTINGS, 1, 10) == "cancel"
+        assert claims.renew(session, claim, SETTINGS, 1, 10) == "cancel"
     with database.writing() as session:
-        lifecycle.stopped(session, claim)
+        claims.stopped(session, claim)
     assert job_of(database, job_id).status == "cancelled"
     assert types(database, job_id)[-1] == "job.cancelled"
 
@@ -346,9 +347,9 @@ def test_a_job_past_its_deadline_is_cancelled_and_says_why(database: Database) -
     with database.writing() as session:
         session.execute(sa.update(Job).values(deadline_at=1.0))
     with database.writing() as session:
-        assert lifecycle.renew(session, claim, SETTINGS, 1, 10) == "cancel"
+        assert claims.renew(session, claim, SETTINGS, 1, 10) == "cancel"
     with database.writing() as session:
-        lifecycle.stopped(session, claim)
+        claims.stopped(session, claim)
     job = job_of(database, job_id)
     assert job.error is not None
     assert (job.status, job.error["code"]) == ("cancelled", "deadline_exceeded")
@@ -363,7 +364,7 @@ def test_retry_continues_where_the_job_stopped(database: Database) -> None:
     claim = take(database, second)
     assert claim is not None
     with database.writing() as session:
-        lifecycle.fail(session, claim, JobError("x", "y"), SETTINGS)
+        claims.fail(session, claim, JobError("x", "y"), SETTINGS)
     with database.writing() as session:
         lifecycle.retry(session, lifecycle.lock(session, job_id))
     job = job_of(database, job_id)
@@ -398,21 +399,21 @@ def test_progress_never_falls_and_stalls_are_noticed(database: Database) -> None
     claim = take(database, ready(database, job_id)[0])
     assert claim is not None
     with database.writing() as session:
-        assert lifecycle.renew(session, claim, SETTINGS, 50, 100) == "go on"
+        assert claims.renew(session, claim, SETTINGS, 50, 100) == "go on"
     percent = job_of(database, job_id).percent
     assert percent == pytest.approx(
         100 * 0.25 / 3, abs=0.01
     )  # half of one of two shards, one of three stages
     time.sleep(0.06)
     with database.writing() as session:
-        assert lifecycle.renew(session, claim, SETTINGS, 50, 100) == "stalled"
+        assert claims.renew(session, claim, SETTINGS, 50, 100) == "stalled"
     with database.writing() as session:
-        lifecycle.fail(session, claim, JobError("stage_stalled", "s", retryable=True), SETTINGS)
+        claims.fail(session, claim, JobError("stage_stalled", "s", retryable=True), SETTINGS)
     time.sleep(0.01)
     claim = take(database, claim.shard_id)
     assert claim is not None
     with database.writing() as session:
-        lifecycle.renew(session, claim, SETTINGS, 1, 100)
+        claims.renew(session, claim, SETTINGS, 1, 100)
     assert job_of(database, job_id).percent >= percent
 
 
@@ -421,7 +422,7 @@ def test_a_released_shard_does_not_count_as_tried(database: Database) -> None:
     claim = take(database, ready(database, job_id)[0])
     assert claim is not None
     with database.writing() as session:
-        lifecycle.release(session, claim)
+        claims.release(session, claim)
     again = take(database, claim.shard_id)
     assert again is not None
     assert again.attempt == 1
@@ -467,15 +468,15 @@ class AnyOrder(RuleBasedStateMachine):
         try:
             with self.database.writing() as session:
                 if ending == "renew":
-                    lifecycle.renew(session, claim, Settings(), 1, 10)
+                    claims.renew(session, claim, Settings(), 1, 10)
                 elif ending == "complete":
-                    lifecycle.complete(session, claim, {"f": "b"}, 1, FACTS)
+                    claims.complete(session, claim, {"f": "b"}, 1, FACTS)
                 elif ending == "release":
-                    lifecycle.release(session, claim)
+                    claims.release(session, claim)
                 elif ending == "stop" and session.get_one(Job, self.job_id).status == "cancelling":
-                    lifecycle.stopped(session, claim)
+                    claims.stopped(session, claim)
                 else:
-                    lifecycle.fail(session, claim, JobError("e", "d", retryable=ending == "fail"), SETTINGS)
+                    claims.fail(session, claim, JobError("e", "d", retryable=ending == "fail"), SETTINGS)
         except LeaseLost:
             pass
 

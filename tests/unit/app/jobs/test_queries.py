@@ -14,8 +14,9 @@ from pydantic import SecretStr
 
 from app import ids, retention
 from app.db import now
-from app.jobs import events, lifecycle, queries, service
-from app.jobs.lifecycle import Claim, JobError, LeaseLost
+from app.jobs import claims, events, lifecycle, queries, service
+from app.jobs.claims import Claim, LeaseLost
+from app.jobs.lifecycle import JobError
 from app.jobs.queries import Known
 from app.jobs.tables import Job, Shard, TeacherAnswer
 from app.security.secretbox import SecretBox
@@ -68,7 +69,7 @@ def test_a_job_without_a_budget_asks_as_it_likes(wiring: Wiring) -> None:
 
 def test_workers_that_ask_at_once_never_spend_more_than_the_budget(wiring: Wiring) -> None:
     job_id = submit_to(wiring, shards=4, query_budget=100)
-    claims = [claim_of(wiring, job_id, f"w{number}") for number in range(4)]
+    held_by_four = [claim_of(wiring, job_id, f"w{number}") for number in range(4)]
 
     def greedy(held: Claim) -> int:
         granted = 0
@@ -80,7 +81,7 @@ def test_workers_that_ask_at_once_never_spend_more_than_the_budget(wiring: Wirin
             granted += 7
 
     with ThreadPoolExecutor(8) as threads:
-        granted = sum(threads.map(greedy, claims * 2))
+        granted = sum(threads.map(greedy, held_by_four * 2))
     assert granted == spent(wiring, job_id) == 98
 
 
@@ -88,7 +89,7 @@ def test_what_was_paid_for_is_kept_though_the_claim_was_lost_meanwhile(wiring: W
     job_id = submit_to(wiring)
     stale = claim_of(wiring, job_id)
     change_shards(wiring, lease_until=1.0)
-    write(wiring, lifecycle.reap, stale.shard_id, wiring.settings)
+    write(wiring, claims.reap, stale.shard_id, wiring.settings)
     newest = claim_of(wiring, job_id, "another")
     write(wiring, queries.record_answers, stale, "teacher", {"i": b"paid"})
     assert write(wiring, queries.known_answers, newest, "teacher", ["i"]).answers == {"i": b"paid"}
@@ -100,7 +101,7 @@ def test_a_worker_that_lost_its_claim_counts_and_learns_nothing(wiring: Wiring, 
     stale = claim_of(wiring, job_id)
     write(wiring, queries.reserve, stale, 5)
     change_shards(wiring, lease_until=1.0)
-    write(wiring, lifecycle.reap, stale.shard_id, wiring.settings)
+    write(wiring, claims.reap, stale.shard_id, wiring.settings)
     claim_of(wiring, job_id, "another")
     call: tuple[Callable[..., Any], tuple[Any, ...]] = {
         "reserve": (queries.reserve, (1,)),
@@ -155,10 +156,10 @@ def test_what_is_spent_is_shown_with_the_next_event_and_not_before(wiring: Wirin
     assert before[1] == {"budget": 50, "planned": 40, "spent": 0, "cached": 0}
     write(wiring, queries.reserve, held, 30)
     assert shown(wiring, job_id) == before  # or one version would have two documents
-    write(wiring, lifecycle.renew, held, wiring.settings, 0, 0)  # a heartbeat at the same step
+    write(wiring, claims.renew, held, wiring.settings, 0, 0)  # a heartbeat at the same step
     version, questions = shown(wiring, job_id)
     assert (version, questions["spent"]) == (before[0] + 1, 30)
-    write(wiring, lifecycle.renew, held, wiring.settings, 0, 0)
+    write(wiring, claims.renew, held, wiring.settings, 0, 0)
     assert shown(wiring, job_id)[0] == version  # nothing new, no event
     with wiring.database.reading() as session:
         (event,) = events.after(session, job_id, version - 1, 10)
@@ -172,7 +173,7 @@ def test_the_final_figures_are_shown_at_the_end(wiring: Wiring) -> None:
     write(wiring, queries.reserve, held, 20)
     write(wiring, queries.count_cached, held, 7)
     error = JobError("query_budget_spent", "spent")
-    write(wiring, lifecycle.fail, held, error, wiring.settings)
+    write(wiring, claims.fail, held, error, wiring.settings)
     assert shown(wiring, job_id)[1] == {"budget": 50, "planned": None, "spent": 20, "cached": 7}
 
 
@@ -180,7 +181,7 @@ def test_a_retried_job_goes_on_counting(wiring: Wiring) -> None:
     job_id = submit_to(wiring, query_budget=10)
     held = claim_of(wiring, job_id)
     write(wiring, queries.reserve, held, 6)
-    write(wiring, lifecycle.fail, held, JobError("teacher_unusable", "no"), wiring.settings)
+    write(wiring, claims.fail, held, JobError("teacher_unusable", "no"), wiring.settings)
     with wiring.database.writing() as session:
         lifecycle.retry(session, lifecycle.lock(session, job_id))
     held = claim_of(wiring, job_id)
@@ -195,7 +196,7 @@ def test_a_question_that_was_under_way_at_a_loss_stays_counted(wiring: Wiring) -
     change_shards(wiring, lease_until=1.0)
     with wiring.database.reading() as session:
         (shard_id,) = session.scalars(sa.select(Shard.id).where(Shard.job_id == job_id))
-    write(wiring, lifecycle.reap, shard_id, wiring.settings)
+    write(wiring, claims.reap, shard_id, wiring.settings)
     assert shown(wiring, job_id)[1]["spent"] == 6
 
 
