@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from app.client import Dataset, DramApiError, Job, JobEvent, Prediction
+from app.client import Dataset, DramApiError, Job, JobEvent, Plan, Prediction
+from app.client.answers import Answer
 
 #: Into a pipe nothing is folded: each line stays whole.
 _PIPED_WIDTH = 500
@@ -56,6 +57,20 @@ def note(text: str) -> None:
 def print_json(document: Any) -> None:
     """The service's answer, for a script."""
     print(json.dumps(document, indent=2, ensure_ascii=False))
+
+
+def listing(
+    items: Iterable[Answer],
+    as_json: bool,
+    columns: Sequence[str],
+    row: Callable[[dict[str, Any]], Sequence[Any]],
+) -> None:
+    """Items as the service answered them for a script, or as a table for people: `row` gives one item's cells."""
+    answered = [item.model_dump(mode="json") for item in items]
+    if as_json:
+        print_json(answered)
+    else:
+        table(columns, map(row, answered))
 
 
 def millions(number: Any) -> str:
@@ -158,6 +173,15 @@ def report(found: dict[str, Any]) -> None:
             Text(f"int8: {'made' if found['int8']['accepted'] else 'refused'}, {found['int8']['reason']}")
         )
     out.print(Text(found["evaluation"]["explanation"], style="dim"))
+
+
+def plan(order: Mapping[str, Any], planned: Plan) -> None:
+    """What a job of this order would do: who learns what from whom, its stages, its questions."""
+    out.print(Text(f"{order['method']}: {order['student']} taught by {order['teacher_id']}"))
+    rows = [(stage.name, stage.shards, "yes" if stage.reused else "no") for stage in planned.stages]
+    table(("stage", "shards", "reused"), rows)
+    if planned.queries_planned is not None:
+        out.print(Text(f"Questions to the teacher: at most {planned.queries_planned:,}"))
 
 
 def jobs(listed: Iterable[Job]) -> None:

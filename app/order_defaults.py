@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import typer
 
@@ -16,31 +16,22 @@ from app.teacher_commands import every_teacher
 _USUAL = "kd"
 
 
-@dataclass(frozen=True)
-class Names:
-    """Who teaches what to whom."""
+def complete(dram: Dram, order: Mapping[str, Any], task: Callable[[], str]) -> dict[str, Any]:
+    """The order with a name for teacher, method and student; those that it has stay, for the service to judge.
 
-    teacher: str
-    method: str
-    student: str
-
-
-def complete(
-    dram: Dram, task: Callable[[], str], teacher: str | None, method: str | None, student: str | None
-) -> Names:
-    """The names of an order for images of a task; those that are given stay, for the service to judge.
-
-    A method left out is the first for the task that makes such a student and to which the teacher has enough to say,
-    else the first for the task; a teacher left out, the first of the catalogue that can be had and has enough to say
-    to the method; a student left out, the method's own. Ends the command with 1 where no teacher can be had.
+    `task`: of the images. A method left out is the first for the task that makes such a student and to which the
+    teacher has enough to say, else the first for the task; a teacher left out, the first of the catalogue that can be
+    had and has enough to say to the method; a student left out, the method's own. Ends the command with 1 where no
+    teacher can be had.
     """
+    teacher, method, student = order["teacher_id"], order["method"], order["student"]
     if not (teacher and method and student):
         known = dram.methods().data
         method = method or _method(dram, known, task(), teacher, student)
         of_method = next((each for each in known if each.id == method), None)
         student = student or (of_method.student if of_method else None) or DEFAULT_STUDENT
         teacher = teacher or _teacher(dram, method, set(of_method.needs) if of_method else set())
-    return Names(teacher, method, student)
+    return {**order, "teacher_id": teacher, "method": method, "student": student}
 
 
 def _method(dram: Dram, known: Sequence[Method], task: str, teacher: str | None, student: str | None) -> str:

@@ -11,14 +11,15 @@ import typer
 
 from app import console
 from app.client import Dram, Sample
-from app.connect import HERE, HomeFolder, Key, Url, service
-from app.home import Home
+from app.connect import Where
+from app.option_groups import grouped
 
 #: The file beside the images that says what each is.
 INDEX = "samples.json"
 _PAGE = 100
 
 
+@grouped
 def samples(
     job: Annotated[str, typer.Argument(metavar="JOB")],
     out: Annotated[
@@ -29,14 +30,13 @@ def samples(
     size: Annotated[
         int | None, typer.Option(min=16, max=256, help="Longest side in pixels. Left out: as made.")
     ] = None,
-    url: Url = None,
-    key: Key = None,
-    home: HomeFolder = HERE,
+    *,
+    where: Where,
 ) -> None:
     """Fetch the synthetic images of a job, with where each comes from and what the teacher says of it."""
     out.mkdir(parents=True, exist_ok=True)
     described = []
-    with service(url, key, Home(home)) as dram:
+    with where.client() as dram:
         for sample in _samples(dram, job, limit, after):
             name = _file_name(sample)
             (out / name).write_bytes(dram.jobs.sample_image(job, sample.id, size=size))

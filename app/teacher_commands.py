@@ -11,12 +11,10 @@ import typer
 
 from app import console
 from app.client import ClientError, Dram, Probe, Teacher
-from app.connect import HERE, AsJson, HomeFolder, Key, Url, service
-from app.home import Home
+from app.connect import AsJson, Where
+from app.option_groups import grouped
 
-teachers = typer.Typer(
-    help="The teachers there are; add, probe and remove your own.", invoke_without_command=True
-)
+teachers = typer.Typer(help="The teachers there are; add and probe your own.", invoke_without_command=True)
 
 _PAGE = 100
 #: Not the URL: a student's bundle names its teacher by the title, and is handed on.
@@ -56,32 +54,29 @@ Header = Annotated[
 
 
 @teachers.callback()
-def listing(
-    context: typer.Context, url: Url = None, key: Key = None, home: HomeFolder = HERE, as_json: AsJson = False
-) -> None:
+@grouped
+def listing(context: typer.Context, where: Where, as_json: AsJson = False) -> None:
     """List the teachers, first the catalogue's, then your own."""
     if context.invoked_subcommand is not None:
         return
-    with service(url, key, Home(home)) as dram:
-        listed = [item.model_dump(mode="json") for item in every_teacher(dram)]
-    if as_json:
-        console.print_json(listed)
-        return
-    rows = [
-        (
-            row["id"],
-            "yes" if row["available"] else "no",
-            console.millions(row.get("parameters")),
-            row.get("input_size"),
-            row.get("licence"),
-            row.get("title") if row["available"] else row.get("reason"),
+    with where.client() as dram:
+        console.listing(
+            every_teacher(dram),
+            as_json,
+            ("teacher", "available", "parameters", "pixels", "licence", "about"),
+            lambda row: (
+                row["id"],
+                "yes" if row["available"] else "no",
+                console.millions(row.get("parameters")),
+                row.get("input_size"),
+                row.get("licence"),
+                row.get("title") if row["available"] else row.get("reason"),
+            ),
         )
-        for row in listed
-    ]
-    console.table(("teacher", "available", "parameters", "pixels", "licence", "about"), rows)
 
 
 @teachers.command()
+@grouped
 def add_onnx(
     model: Annotated[Path, typer.Argument(metavar="FILE", help="One self-contained ONNX file.")],
     classes: Classes,
@@ -96,9 +91,8 @@ def add_onnx(
     answers: Answers = None,
     output: Annotated[str | None, typer.Option(help="Name of the output, where it has several.")] = None,
     licence: Licence = None,
-    url: Url = None,
-    key: Key = None,
-    home: HomeFolder = HERE,
+    *,
+    where: Where,
     as_json: AsJson = False,
 ) -> None:
     """Add an ONNX file as a teacher; what it says of itself need not be said."""
@@ -107,11 +101,12 @@ def add_onnx(
         answers=answers, output_name=output, licence=licence,
     )  # fmt: skip
     names = _names(classes)
-    with service(url, key, Home(home)) as dram:
+    with where.client() as dram:
         _show_new(dram.teachers.add_onnx(model, classes=names, title=title, **more), as_json)
 
 
 @teachers.command()
+@grouped
 def add_http(
     endpoint: Annotated[str, typer.Argument(metavar="URL", help="Of the request itself.")],
     classes: Classes,
@@ -135,9 +130,8 @@ def add_http(
     concurrency: Annotated[int | None, typer.Option(min=1, help="Requests at once, of each worker.")] = None,
     timeout_s: Annotated[float | None, typer.Option(help="Longest time one request may take.")] = None,
     licence: Licence = None,
-    url: Url = None,
-    key: Key = None,
-    home: HomeFolder = HERE,
+    *,
+    where: Where,
     as_json: AsJson = False,
 ) -> None:
     """Add an HTTP endpoint as a teacher."""
@@ -147,7 +141,7 @@ def add_http(
     )  # fmt: skip
     images = _input(size, channels, layout, dtype, range_, mean, std)
     names, headers = _names(classes), _headers(header)
-    with service(url, key, Home(home)) as dram:
+    with where.client() as dram:
         made = dram.teachers.add_http(
             title=title or _UNTITLED, url=endpoint, classes=names, input=images, headers=headers, **more
         )
@@ -155,18 +149,18 @@ def add_http(
 
 
 @teachers.command()
+@grouped
 def probe(
     teacher: TeacherId,
     image: Annotated[
         Path | None, typer.Argument(metavar="[IMAGE]", help="JPEG, PNG or WebP. Left out: a test pattern.")
     ] = None,
-    url: Url = None,
-    key: Key = None,
-    home: HomeFolder = HERE,
+    *,
+    where: Where,
     as_json: AsJson = False,
 ) -> None:
     """Ask a teacher about one image; fail if it does not answer as it must."""
-    with service(url, key, Home(home)) as dram:
+    with where.client() as dram:
         report = dram.teachers.probe(teacher, image)
     if as_json:
         console.print_json(report.model_dump(mode="json"))
@@ -177,22 +171,13 @@ def probe(
 
 
 @teachers.command()
-def headers(
-    teacher: TeacherId, header: Header = None, url: Url = None, key: Key = None, home: HomeFolder = HERE
-) -> None:
+@grouped
+def headers(teacher: TeacherId, header: Header = None, *, where: Where) -> None:
     """Put these secret headers in place of all old ones; without any, forget the old ones."""
     given = _headers(header)
-    with service(url, key, Home(home)) as dram:
+    with where.client() as dram:
         dram.teachers.replace_headers(teacher, given)
     console.note(f"{teacher} is asked with {', '.join(given) or 'no headers of yours'} from now on")
-
-
-@teachers.command()
-def remove(teacher: TeacherId, url: Url = None, key: Key = None, home: HomeFolder = HERE) -> None:
-    """Take a teacher of yours away, with its secrets."""
-    with service(url, key, Home(home)) as dram:
-        dram.teachers.delete(teacher)
-    console.note(f"{teacher} is removed")
 
 
 def every_teacher(dram: Dram) -> Iterator[Teacher]:

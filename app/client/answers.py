@@ -91,6 +91,21 @@ class Job(Answer):
         return self.status in FINISHED
 
 
+class PlannedStage(Answer):
+    """`reused`: all of its shards were made by earlier jobs."""
+
+    name: str
+    shards: int = 1
+    reused: bool = False
+
+
+class Plan(Answer):
+    """What a job would do. `queries_planned`: most questions to its teacher; None: it is no black box."""
+
+    stages: list[PlannedStage] = []
+    queries_planned: int | None = None
+
+
 class JobEvent(Answer):
     """Something that happened to a job; `id` counts from 1 without gaps."""
 

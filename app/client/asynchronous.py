@@ -12,7 +12,6 @@ import httpx
 
 from app.client import calls
 from app.client.answers import (
-    Answer,
     Architecture,
     Dataset,
     Generator,
@@ -21,6 +20,7 @@ from app.client.answers import (
     Method,
     Metric,
     Page,
+    Plan,
     Prediction,
     Probe,
     Sample,
@@ -297,7 +297,7 @@ class AsyncJobs:
         }
         return await self._dram.run(calls.create_job(order, idempotency_key))
 
-    async def plan(self, **order: Any) -> Answer:
+    async def plan(self, **order: Any) -> Plan:
         """What `create` with the same arguments would do, without doing it."""
         return await self._dram.run(calls.plan_job(order))
 

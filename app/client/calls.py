@@ -27,6 +27,7 @@ from app.client.answers import (
     Method,
     Metric,
     Page,
+    Plan,
     Prediction,
     Probe,
     Sample,
@@ -173,9 +174,9 @@ def create_job(order: Mapping[str, Any], idempotency_key: str | None) -> Flow[Jo
     return Job.model_validate(response.json())
 
 
-def plan_job(order: Mapping[str, Any]) -> Flow[Answer]:
+def plan_job(order: Mapping[str, Any]) -> Flow[Plan]:
     response = yield Call("POST", "/v1/jobs", json={**_given(order), "dry_run": True})
-    return Answer.model_validate(response.json())
+    return Plan.model_validate(response.json())
 
 
 def get_job(job_id: str) -> Flow[Job]:

@@ -60,7 +60,9 @@ def test_the_catalogue(dram: Dram) -> None:
 def test_jobs_from_plan_to_cancellation(dram: Dram) -> None:
     made = dram.datasets.create(pictures(), name="noise")
     order = {"dataset_id": made.id, "teacher_id": "efficientnet_lite0", "method": "kd", "student": "conv4"}
-    assert "stages" in dram.jobs.plan(**order).model_dump()
+    planned = dram.jobs.plan(**order)
+    assert [stage.name for stage in planned.stages][-1] == "bundle"
+    assert {stage.reused for stage in planned.stages} == {False}
     assert list(dram.jobs.list().data) == []
     job = dram.jobs.create(**order, preset="draft", seed=5, precision="int8", metadata={"for": "a test"})
     assert (job.status, job.method, job.student) == ("queued", "kd", "conv4")

@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import typer
 
-from app import cli
-from app.client import Dram
 from app.home import Home
-from tests.unit.app.scripted import MODEL, Answer, Asked, Script, file, job, problem, script, stream
+from tests.unit.app.scripted import MODEL, Answer, Script, file, job, problem, script, stream
 
 __all__ = ["script"]  # the fixture
 
@@ -61,10 +55,11 @@ def test_the_command_line_starts_without_the_server() -> None:
 
 def test_help_names_every_command() -> None:
     shown = dram("--help").stdout
-    names = "up migrate first-key teachers methods architectures upload submit watch jobs cancel retry download predict"
-    assert [
-        name for name in (*names.split(), "distill", "evaluate", "samples", "generators") if name not in shown
-    ] == []
+    names = (
+        "up migrate first-key upload submit watch jobs cancel retry download predict distill delete samples evaluate "
+        "methods architectures generators teachers"
+    )
+    assert [name for name in names.split() if name not in shown] == []
 
 
 def test_no_service_is_an_error_that_says_what_to_do() -> None:
@@ -118,6 +113,75 @@ def test_a_parameter_without_a_group_is_a_usage_error(script: Script) -> None:
     assert script.asked == []
 
 
+def test_a_label_without_a_value_is_a_usage_error(script: Script) -> None:
+    ran = dram("submit", "ds_1", "--metadata", "herbarium", "--url", script.url)
+    assert ran.returncode == 2
+    assert "KEY=VALUE" in ran.stderr
+    assert script.asked == []
+
+
+PLAN = {
+    "object": "plan",
+    "params": {},
+    "stages": [
+        {"name": "teacher_head", "key": "a1", "shards": 1, "reused": True},
+        {"name": "synthesise", "key": "b2", "shards": 4, "reused": False},
+    ],
+    "queries_planned": 12000,
+}
+NAMED = ("submit", "ds_1", "--teacher", "tch_1", "--method", "fsbbt", "--student", "conv4", "--dry-run")
+
+
+def test_a_dry_run_shows_stages_and_questions_of_the_order_that_would_be_made(script: Script) -> None:
+    script.answers = [Answer(body=json.dumps(PLAN).encode())]
+    labels = ("--metadata", "project=herbarium", "--metadata", "note=a=b")
+    ran = dram(*NAMED, *labels, "--cancel-after", "3600", "--url", script.url)
+    assert ran.returncode == 0, ran.stderr
+    first, _, *stages, last = (line.split() for line in ran.stdout.splitlines())
+    assert {"fsbbt:", "conv4", "tch_1"} <= set(first)
+    assert stages == [["teacher_head", "1", "yes"], ["synthesise", "4", "no"]]
+    assert last[-1] == "12,000"
+    order = json.loads(script.asked[0].body)
+    assert order["dry_run"] is True
+    assert order["metadata"] == {"project": "herbarium", "note": "a=b"}
+    assert order["cancel_after_s"] == 3600
+    assert len(script.asked) == 1
+
+
+def test_a_dry_run_as_json_is_the_plan_as_the_service_answered_it(script: Script) -> None:
+    script.answers = [Answer(body=json.dumps(PLAN).encode())]
+    assert json.loads(dram(*NAMED, "--json", "--url", script.url).stdout) == PLAN
+
+
+def test_each_id_is_deleted_as_what_it_names_and_a_refusal_does_not_keep_the_rest(script: Script) -> None:
+    why = "Job job_1 is running; only a job that has ended can be deleted. Cancel it first."
+    gone = Answer(204, b"")
+    script.answers = [gone, problem(409, code="job_not_finished", detail=why), gone, gone]
+    ran = dram("delete", "ds_1", "job_1", "stu_1", "tch_1", "--url", script.url)
+    assert ran.returncode == 1
+    assert [(asked.method, asked.path) for asked in script.asked] == [
+        ("DELETE", "/v1/datasets/ds_1"),
+        ("DELETE", "/v1/jobs/job_1"),
+        ("DELETE", "/v1/students/stu_1"),
+        ("DELETE", "/v1/teachers/tch_1"),
+    ]
+    assert ran.stderr.splitlines() == [
+        "ds_1 is deleted",
+        f"Error: {why} [job_not_finished]",
+        "stu_1 is deleted",
+        "tch_1 is deleted",
+    ]
+
+
+def test_where_one_id_is_of_no_kind_nothing_is_deleted_and_the_kinds_are_named(script: Script) -> None:
+    ran = dram("delete", "stu_1", "efficientnet_lite0", "--url", script.url)
+    assert ran.returncode == 2
+    said = " ".join(ran.stderr.replace("│", " ").split())
+    for words in ("'efficientnet_lite0'", "data set (ds_…)", "job (job_…)", "student (stu_…)", "own (tch_…)"):
+        assert words in said
+    assert script.asked == []
+
+
 def test_watching_a_failed_job_says_why_and_fails(script: Script) -> None:
     script.answers = [
         stream((1, "job.created"), (2, "stage.started"), (3, "job.failed")),
@@ -148,82 +212,6 @@ def test_watching_a_job_that_succeeds_ends_well(script: Script) -> None:
     ran = dram("watch", "job_1", "--url", script.url)
     assert ran.returncode == 0
     assert "stu_1" in ran.stderr
-
-
-@pytest.mark.parametrize(
-    ("lasting", "asked", "says"),
-    [(True, [], "The job goes on."), (False, ["/v1/jobs/job_1/cancel"], "job_1 is cancelled")],
-)
-def test_ctrl_c_says_what_becomes_of_the_job_and_cancels_it_where_its_service_stops(
-    lasting: bool, asked: list[str], says: str, script: Script, capfd: pytest.CaptureFixture[str]
-) -> None:
-    def interrupted(_: Asked) -> Answer:
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(1)  # the command has gone on before this answer comes
-        return stream((1, "job.created"))
-
-    script.answers = [interrupted, job("cancelled")]
-    with Dram(script.url) as client, pytest.raises(typer.Exit) as ended:
-        cli._watch(client, "job_1", lasting=lasting)
-    assert ended.value.exit_code == 130
-    assert [each.path for each in script.asked[1:]] == asked
-    assert says in capfd.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("ready", "says"),
-    [
-        (
-            Answer(503, b'{"status": "not_ready", "checks": {"redis": {"ok": true, "reason": "It answers."}, '
-            b'"worker": {"ok": false, "reason": "No worker was seen: start one."}}}'),
-            "worker: No worker was seen: start one.",
-        ),
-        (Answer(body=b'{"status": "ready", "checks": {}}'), "its workers may be busy with other jobs."),
-        (problem(502, detail="A proxy speaks.", code="bad_gateway"), "A proxy speaks."),
-    ],
-)  # fmt: skip
-def test_who_watches_a_job_that_no_worker_takes_is_told_what_is_missing(
-    ready: Answer,
-    says: str,
-    script: Script,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
-    told = threading.Event()
-
-    def waiting(_: Asked) -> Answer:
-        assert told.wait(10)
-        return stream((1, "job.created"), (2, "job.started"), (3, "job.succeeded"))
-
-    def readiness(asked: Asked) -> Answer:
-        assert asked.path == "/readyz"
-        threading.Timer(0.5, told.set).start()
-        return ready
-
-    monkeypatch.setattr(cli, "_PATIENCE_S", 0.2)
-    script.answers = [waiting, readiness, job("succeeded", student_id="stu_1")]
-    with Dram(script.url) as client:
-        cli._watch(client, "job_1")
-    said = capfd.readouterr().err
-    assert "No worker has taken the job yet." in said
-    assert says in said
-    assert "It answers." not in said
-
-
-def test_who_watches_a_job_at_work_is_told_nothing_of_the_service(
-    script: Script, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    def slow(_: Asked) -> Answer:
-        time.sleep(0.6)
-        return job("running")
-
-    monkeypatch.setattr(cli, "_PATIENCE_S", 0.3)
-    at_work, ended = stream((1, "job.created"), (2, "job.started")), stream((3, "job.succeeded"))
-    script.answers = [at_work, slow, ended, job("succeeded", student_id="stu_1")]
-    with Dram(script.url) as client:
-        cli._watch(client, "job_1")
-    assert "No worker" not in capfd.readouterr().err
-    assert "/readyz" not in [asked.path for asked in script.asked]
 
 
 def test_download_takes_a_job_and_prints_the_path(script: Script, tmp_path: Path) -> None:
@@ -315,9 +303,12 @@ def test_distill_reports_and_downloads_the_file_that_was_kept(
     (tmp_path / "pets" / "cat").mkdir(parents=True)
     (tmp_path / "pets" / "cat" / "1.png").write_bytes(b"picture")
     ran = dram(
-        "distill", "pets", "--out", "s.onnx", "--precision", "int8", "--url", script.url, "--key", "dram_k"
-    )
+        "distill", "pets", "--out", "s.onnx", "--precision", "int8", "--metadata", "for=a test", "--cancel-after", "60",
+        "--url", script.url, "--key", "dram_k",
+    )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
+    order = json.loads(script.asked[3].body)
+    assert (order["metadata"], order["cancel_after_s"]) == ({"for": "a test"}, 60)
     for words in ("90.0% [80.0%, 95.0%]", "113,860", "0.40 ms", "68 times faster", "on 12 test images"):
         assert words in ran.stdout
     assert script.asked[-1].path.endswith(f"model.onnx?precision={file_kept}")

@@ -8,7 +8,7 @@ import pytest
 import typer
 
 from app.client import Dram
-from app.order_defaults import Names, complete
+from app.order_defaults import complete
 from tests.unit.app.scripted import Answer, Asked, Script, script
 
 __all__ = ["script"]  # the fixture
@@ -24,6 +24,8 @@ TEACHERS = {
     "vit": {"id": "vit", "kind": "timm", "available": True, "offers": ["labels", "features", "tokens"]},
 }
 STUDENT = "mobilenetv4_conv_small_050"
+#: An order that names nobody.
+NOTHING = {"teacher_id": None, "method": None, "student": None}
 
 
 @pytest.fixture
@@ -42,31 +44,33 @@ def catalogue(script: Script) -> Script:
 @pytest.mark.parametrize(
     ("task", "given", "names"),
     [
-        ("classification", {}, Names("lite", "kd", STUDENT)),
-        ("classification", {"teacher": "vit"}, Names("vit", "kd", STUDENT)),
-        ("classification", {"teacher": "tch_1"}, Names("tch_1", "fsbbt", STUDENT)),
-        ("classification", {"teacher": "nobody"}, Names("nobody", "kd", STUDENT)),
-        ("classification", {"method": "shorter"}, Names("vit", "shorter", "short")),
-        ("classification", {"method": "fsbbt"}, Names("lite", "fsbbt", STUDENT)),
-        ("classification", {"method": "nobody's"}, Names("lite", "nobody's", STUDENT)),
-        ("classification", {"student": "short"}, Names("vit", "shorter", "short")),
-        ("classification", {"student": "conv4"}, Names("lite", "kd", "conv4")),
-        ("segmentation", {}, Names("vit", "maps", "short")),
-        ("segmentation", {"teacher": "lite"}, Names("lite", "maps", "short")),
-        ("segmentation", {"student": "conv4", "method": "kd"}, Names("lite", "kd", "conv4")),
+        ("classification", {}, ("lite", "kd", STUDENT)),
+        ("classification", {"teacher_id": "vit"}, ("vit", "kd", STUDENT)),
+        ("classification", {"teacher_id": "tch_1"}, ("tch_1", "fsbbt", STUDENT)),
+        ("classification", {"teacher_id": "nobody"}, ("nobody", "kd", STUDENT)),
+        ("classification", {"method": "shorter"}, ("vit", "shorter", "short")),
+        ("classification", {"method": "fsbbt"}, ("lite", "fsbbt", STUDENT)),
+        ("classification", {"method": "nobody's"}, ("lite", "nobody's", STUDENT)),
+        ("classification", {"student": "short"}, ("vit", "shorter", "short")),
+        ("classification", {"student": "conv4"}, ("lite", "kd", "conv4")),
+        ("segmentation", {}, ("vit", "maps", "short")),
+        ("segmentation", {"teacher_id": "lite"}, ("lite", "maps", "short")),
+        ("segmentation", {"student": "conv4", "method": "kd"}, ("lite", "kd", "conv4")),
     ],
 )
 def test_what_is_left_out_fits_what_is_given(
-    task: str, given: dict[str, str], names: Names, catalogue: Script
+    task: str, given: dict[str, str], names: tuple[str, str, str], catalogue: Script
 ) -> None:
     with Dram(catalogue.url, "dram_k") as dram:
-        asked: dict[str, str | None] = {"teacher": None, "method": None, "student": None, **given}
-        assert complete(dram, lambda: task, **asked) == names
+        order = complete(dram, {**NOTHING, "seed": 3, **given}, lambda: task)
+    teacher, method, student = names
+    assert order == {"teacher_id": teacher, "method": method, "student": student, "seed": 3}
 
 
 def test_where_all_is_named_nothing_is_asked(catalogue: Script) -> None:
     with Dram(catalogue.url, "dram_k") as dram:
-        assert complete(dram, lambda: "classification", "t", "m", "s") == Names("t", "m", "s")
+        named = {"teacher_id": "t", "method": "m", "student": "s"}
+        assert complete(dram, named, lambda: "classification") == named
     assert catalogue.asked == []
 
 
@@ -75,6 +79,6 @@ def test_no_teacher_for_a_method_ends_with_a_sentence(
 ) -> None:
     monkeypatch.delitem(TEACHERS, "vit")
     with Dram(catalogue.url, "dram_k") as dram, pytest.raises(typer.Exit) as ended:
-        complete(dram, lambda: "segmentation", None, None, None)
+        complete(dram, NOTHING, lambda: "segmentation")
     assert ended.value.exit_code == 1
     assert "method 'maps', which needs tokens" in " ".join(capsys.readouterr().err.split())
