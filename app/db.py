@@ -104,21 +104,27 @@ class Database:
 Row = TypeVar("Row", bound=Base)
 
 
-def owned(table: type[Row], principal: Principal) -> sa.Select[Row]:
-    """The only way to select a tenant's rows."""
-    return sa.select(table).where(table.tenant == principal.tenant)  # type: ignore[attr-defined]
+def owned(table: type[Row], principal: Principal, *, deleted: bool = False) -> sa.Select[Row]:
+    """The only way to select a tenant's rows: those that were not deleted, or with `deleted` those too."""
+    select = sa.select(table).where(table.tenant == principal.tenant)  # type: ignore[attr-defined]
+    return select if deleted else select.where(*_kept(table))
 
 
 def owned_rows(
     table: type[Base], *, only: tuple[str, ...] = (), without: tuple[str, ...] = ()
 ) -> sa.Select[Any]:
     """Like `owned`, as plain rows and made once: give `tenant` (and what you add) when executing."""
-    columns = [
-        column
-        for column in table.__table__.c
-        if column.name not in without and (not only or column.name in only)
+    columns = table.__table__.c
+    chosen = [
+        column for column in columns if column.name not in without and (not only or column.name in only)
     ]
-    return sa.select(*columns).where(table.__table__.c.tenant == sa.bindparam("tenant"))
+    return sa.select(*chosen).where(columns.tenant == sa.bindparam("tenant"), *_kept(table))
+
+
+def _kept(table: type[Base]) -> list[sa.ColumnElement[bool]]:
+    """What keeps deleted rows out of sight, where a table has such."""
+    columns = table.__table__.c
+    return [columns.deleted_at.is_(None)] if "deleted_at" in columns else []
 
 
 def _configure_sqlite(connection: sqlite3.Connection, record: Any) -> None:

@@ -62,7 +62,7 @@ def create(wiring: Wiring, principal: Principal, name: str, upload: Upload) -> t
 
 def get(session: Session, principal: Principal, dataset_id: str) -> Dataset:
     """Raises `NotFound`."""
-    dataset = session.scalar(_live(principal).where(Dataset.id == dataset_id))
+    dataset = session.scalar(owned(Dataset, principal).where(Dataset.id == dataset_id))
     if dataset is None:
         raise NotFound(
             f"There is no data set '{dataset_id[:64]}'. GET /v1/datasets lists yours.",
@@ -72,7 +72,7 @@ def get(session: Session, principal: Principal, dataset_id: str) -> Dataset:
 
 
 def page(session: Session, principal: Principal, limit: int, after: str | None) -> tuple[list[Dataset], bool]:
-    return paging.newest(session, _live(principal), Dataset.id, limit=limit, after=after)
+    return paging.newest(session, owned(Dataset, principal), Dataset.id, limit=limit, after=after)
 
 
 def images(
@@ -111,12 +111,7 @@ def image_file(
 def delete(wiring: Wiring, principal: Principal, dataset_id: str) -> None:
     """Take it out of sight. Jobs that use it keep its blobs until they are let go of (`app.retention`)."""
     with wiring.database.writing() as session:
-        get(session, principal, dataset_id)
-        session.execute(sa.update(Dataset).where(Dataset.id == dataset_id).values(deleted_at=now()))
-
-
-def _live(principal: Principal) -> sa.Select[Dataset]:
-    return owned(Dataset, principal).where(Dataset.deleted_at.is_(None))
+        get(session, principal, dataset_id).deleted_at = session.scalar(sa.select(now()))
 
 
 def _checked_name(name: str) -> str:
@@ -132,7 +127,7 @@ def _record(
 ) -> tuple[Dataset, bool]:
     with wiring.database.writing() as session:
         _exclude_others(wiring, session)
-        existing = session.scalar(_live(principal).where(Dataset.digest == digest))
+        existing = session.scalar(owned(Dataset, principal).where(Dataset.digest == digest))
         for (
             split,
             blob,

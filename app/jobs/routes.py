@@ -91,7 +91,8 @@ def create(
     response: Response,
     idempotency_key: Annotated[str | None, Header(max_length=255)] = None,
 ) -> Response | JobView:
-    """Order a distillation. With an `Idempotency-Key`, sending the same order again answers the same job."""
+    """Order a distillation. With an `Idempotency-Key`, sending the same order again answers the same job, also if it
+    was deleted since."""
     if order.dry_run:
         return _json(service.dry_run(wired, principal, order).model_dump_json())
     key = idempotency_key.strip('"') if idempotency_key else None

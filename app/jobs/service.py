@@ -38,7 +38,7 @@ from models.methods import METHODS
 from models.pipeline import canonical, digest
 
 # What GET job asks, made once: building a statement costs as much as running it.
-_ASKED = Job.id.in_(sa.bindparam("ids", expanding=True)) & Job.deleted_at.is_(None)
+_ASKED = Job.id.in_(sa.bindparam("ids", expanding=True))
 _VERSIONS = owned_rows(Job, only=("id", "last_event", "status")).where(_ASKED)
 _JOBS = owned_rows(Job, without=("sources", "shape", "queries_spent", "queries_cached")).where(_ASKED)
 _STAGES = (
@@ -131,7 +131,7 @@ def announce(wiring: Wiring, ready: list[Ready]) -> None:
 
 
 def find(session: Session, principal: Principal, job_id: str) -> Job:
-    job = session.scalar(_live(principal).where(Job.id == job_id))
+    job = session.scalar(owned(Job, principal).where(Job.id == job_id))
     if job is None:
         raise no_job(job_id)
     return job
@@ -181,7 +181,7 @@ def page(
     dataset_id: str | None,
 ) -> tuple[list[bytes], bool]:
     """The tenant's jobs as JSON documents, newest first, and whether more follow."""
-    select = _live(principal).with_only_columns(Job.id)
+    select = owned(Job, principal).with_only_columns(Job.id)
     if status is not None:
         select = select.where(Job.status == status)
     if dataset_id is not None:
@@ -263,10 +263,6 @@ def metrics(wiring: Wiring, principal: Principal, job_id: str) -> list[CurvePoin
             CurvePoint(stage=row.stage, shard=row.shard, name=row.name, step=row.step, value=row.value)
             for row in rows
         ]
-
-
-def _live(principal: Principal) -> sa.Select[Job]:
-    return owned(Job, principal).where(Job.deleted_at.is_(None))
 
 
 def no_job(job_id: str) -> NotFound:
@@ -378,12 +374,15 @@ def _check_teacher_remains(wiring: Wiring, session: Session, principal: Principa
 
 
 def _replay(session: Session, principal: Principal, used: IdempotencyKey, request: str) -> JobView:
+    """The job that was ordered with this key, also if it was deleted since: who sends an order again, because no answer
+    came, asks whether it was taken. Raises `Invalid` for another order."""
     if used.request_digest != request:
         raise Invalid(
             f"Idempotency-Key '{used.key}' was used for another order (job {used.resource_id}). Use a new key.",
             code="idempotency_key_reused",
         )
-    return view(session, find(session, principal, used.resource_id))
+    job = session.scalars(owned(Job, principal, deleted=True).where(Job.id == used.resource_id)).one()
+    return view(session, job)
 
 
 def _store(wiring: Wiring, name: str, document: Any) -> str:

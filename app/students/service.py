@@ -38,7 +38,7 @@ def page(
     limit: int,
     after: str | None,
 ) -> tuple[list[Student], bool]:
-    select = _live(principal)
+    select = owned(Student, principal)
     if job_id is not None:
         select = select.where(Student.job_id == job_id)
     if dataset_id is not None:
@@ -47,7 +47,7 @@ def page(
 
 
 def get(session: Session, principal: Principal, student_id: str) -> Student:
-    student = session.scalar(_live(principal).where(Student.id == student_id))
+    student = session.scalar(owned(Student, principal).where(Student.id == student_id))
     if student is None:
         raise NotFound(f"There is no student '{student_id[:64]}'. GET /v1/students lists yours.")
     return student
@@ -88,7 +88,3 @@ def file(student: Student, name: str) -> str:
     if digest is None:
         raise NotFound(f"Student '{student.id}' has no file '{name}'.", code="file_not_available")
     return str(digest)
-
-
-def _live(principal: Principal) -> sa.Select[Student]:
-    return owned(Student, principal).where(Student.deleted_at.is_(None))

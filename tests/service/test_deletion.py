@@ -15,7 +15,7 @@ from app.client import AsyncDram, Dram, DramApiError
 from app.jobs.tables import Job, JobEvent, JobMetric, Shard
 from app.students.tables import Student
 from app.wiring import Wiring
-from tests.service.test_jobs import claim, dataset, run, submit
+from tests.service.test_jobs import ORDER, claim, dataset, run, submit
 
 if TYPE_CHECKING:
     from tests.conftest import Gateway
@@ -52,6 +52,24 @@ def test_a_deleted_job_is_not_found_any_more_and_holds_nothing(
         assert set(checkpoints) == {None}
         row = session.get_one(Job, job_id)
         assert (row.sources, row.deleted_at) == ({}, pytest.approx(time.time(), abs=60))
+
+
+def test_a_repeated_order_is_answered_with_its_job_though_that_and_its_data_set_were_deleted(
+    client: httpx.Client, wiring: Wiring, dataset: str
+) -> None:
+    order, headers = {**ORDER, "dataset_id": dataset}, {"Idempotency-Key": "once"}
+    job_id = client.post("/v1/jobs", json=order, headers=headers).json()["id"]
+    ended = client.post(f"/v1/jobs/{job_id}/cancel").json()
+    for path in (f"/v1/jobs/{job_id}", f"/v1/datasets/{dataset}"):
+        assert client.delete(path).status_code == 204
+    again = client.post("/v1/jobs", json=order, headers=headers)
+    assert (again.status_code, again.headers["idempotent-replayed"]) == (201, "true")
+    assert again.json() == ended
+    assert client.get(f"/v1/jobs/{job_id}").status_code == 404
+    other = client.post("/v1/jobs", json={**order, "seed": 5}, headers=headers)
+    assert other.json()["code"] == "idempotency_key_reused"
+    with wiring.database.reading() as session:
+        assert session.scalars(sa.select(Job.id)).all() == [job_id]
 
 
 def test_a_job_is_deleted_only_when_it_has_ended_by_its_tenant_with_a_key_that_may_write(
