@@ -17,23 +17,20 @@ The operator's file is TOML, one table for each teacher with the members of `Tea
 from __future__ import annotations
 
 import json
-import tomllib
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 from typing import Annotated, Any
 
 import sqlalchemy as sa
 import structlog
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter
 from sqlalchemy.orm import Session
 
 from app import ids, paging
 from app.db import now, owned
-from app.errors import Conflict, Invalid, NotFound, Unavailable, findings_of
-from app.jobs.tables import WORKER_SILENCE_S, Job, Worker
+from app.errors import Conflict, Invalid, NotFound
+from app.jobs.tables import Job, Worker
+from app.networks import Networks
 from app.security.principal import Principal
 from app.security.secretbox import SecretBox
 from app.settings import Settings
@@ -52,6 +49,11 @@ _MOST_NAMED = 20
 _BLACK_BOX: TypeAdapter[BlackBoxTeacher] = TypeAdapter(
     Annotated[BlackBoxTeacher, Field(discriminator="kind")]
 )
+_NETWORKS = Networks(
+    "teacher", TypeAdapter(list[TeacherSpec]), TEACHERS, teachers.availability, Worker.teachers
+)
+# Which there are, whether they can be had, and whether on this machine; see there.
+catalogue, availability, here = _NETWORKS.catalogue, _NETWORKS.availability, _NETWORKS.here
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def resolve(session: Session, settings: Settings, principal: Principal, teacher_
     spec = catalogue(settings).get(teacher_id)
     if spec is not None:
         return Resolved(spec, {})
-    row = session.scalar(_live(principal).where(Teacher.id == teacher_id).with_for_update(read=True))
+    row = session.scalar(owned(Teacher, principal).where(Teacher.id == teacher_id).with_for_update(read=True))
     if row is None:
         known = [*sorted(catalogue(settings)), *_own_ids(session, principal)]
         raise Invalid(
@@ -89,38 +91,6 @@ def headers(session: Session, settings: Settings, tenant: str, teacher_id: str) 
     own = owned(Teacher, Principal(tenant, frozenset()))
     sealed = session.scalar(own.where(Teacher.id == teacher_id).with_only_columns(Teacher.secret))
     return {} if sealed is None else _opened(settings, teacher_id, sealed)
-
-
-def catalogue(settings: Settings) -> Mapping[str, TeacherSpec]:
-    """Every teacher by its id. Raises `Unavailable` where the operator's file cannot be read."""
-    if settings.teachers_file is None:
-        return TEACHERS
-    try:
-        changed = settings.teachers_file.stat().st_mtime_ns
-    except OSError as error:
-        log.error("teachers_file_unreadable", error=str(error))
-        raise _broken("it cannot be read") from error
-    return {**TEACHERS, **_read(settings.teachers_file, changed)}
-
-
-def availability(wiring: Wiring, specs: Sequence[TeacherSpec]) -> dict[str, Availability]:
-    """Whether each teacher can be had now, and why not: as the live workers say, for they load it.
-
-    Where no worker has looked yet, what this machine itself sees.
-    """
-    with wiring.database.rows() as connection:
-        recent = Worker.seen_at > now() - WORKER_SILENCE_S
-        seen = sa.select(Worker.teachers).where(recent, Worker.teachers.is_not(None))
-        reports = list(connection.execute(seen).scalars())
-    if not reports:
-        return here(specs)
-    return {spec.name: _among(reports, spec.name) for spec in specs}
-
-
-def here(specs: Sequence[TeacherSpec]) -> dict[str, Availability]:
-    """Whether each teacher can be had on this machine. Asks the hub for several at once."""
-    with ThreadPoolExecutor(max_workers=8) as threads:
-        return dict(zip([spec.name for spec in specs], threads.map(_here, specs), strict=True))
 
 
 # ---- a tenant's own -------------------------------------------------------------------------------------------
@@ -159,7 +129,7 @@ def new_id() -> str:
 
 def get(session: Session, principal: Principal, teacher_id: str) -> Teacher:
     """A teacher of the tenant's own. Raises `NotFound`."""
-    row = session.scalar(_live(principal).where(Teacher.id == teacher_id))
+    row = session.scalar(owned(Teacher, principal).where(Teacher.id == teacher_id))
     if row is None:
         raise no_teacher(teacher_id)
     return row
@@ -174,7 +144,7 @@ def page(
     start = 0 if after is None else list(known).index(after) + 1 if after in known else len(known)
     first = list(known.values())[start : start + limit]
     rows, more = paging.newest(
-        session, _live(principal), Teacher.id, limit=limit - len(first), after=after if own else None
+        session, owned(Teacher, principal), Teacher.id, limit=limit - len(first), after=after if own else None
     )
     return first, rows, more or start + len(first) < len(known)
 
@@ -200,7 +170,7 @@ def replace_headers(
 def record_probe(wiring: Wiring, principal: Principal, teacher_id: str, report: dict[str, Any]) -> None:
     """Keep the newest probe's report. A teacher deleted meanwhile needs none."""
     with wiring.database.writing() as session:
-        row = session.scalar(_live(principal).where(Teacher.id == teacher_id))
+        row = session.scalar(owned(Teacher, principal).where(Teacher.id == teacher_id))
         if row is not None:
             row.probe = {**report, "at": session.scalar(sa.select(now()))}
 
@@ -208,7 +178,7 @@ def record_probe(wiring: Wiring, principal: Principal, teacher_id: str, report: 
 def delete(wiring: Wiring, principal: Principal, teacher_id: str) -> None:
     """Take it out of sight, and its secrets away. Raises `NotFound`, and `Conflict` while a job needs it."""
     with wiring.database.writing() as session:
-        row = session.scalar(_live(principal).where(Teacher.id == teacher_id).with_for_update())
+        row = session.scalar(owned(Teacher, principal).where(Teacher.id == teacher_id).with_for_update())
         if row is None:
             raise no_teacher(teacher_id)
         asking = owned(Job, principal).where(Job.teacher == teacher_id, Job.finished_at.is_(None))
@@ -240,12 +210,8 @@ def no_teacher(teacher_id: str) -> NotFound:
     return NotFound(f"There is no teacher '{teacher_id[:64]}'. GET /v1/teachers lists them.")
 
 
-def _live(principal: Principal) -> sa.Select[Teacher]:
-    return owned(Teacher, principal).where(Teacher.deleted_at.is_(None))
-
-
 def _own_ids(session: Session, principal: Principal) -> list[str]:
-    select = _live(principal).with_only_columns(Teacher.id)
+    select = owned(Teacher, principal).with_only_columns(Teacher.id)
     found, more = paging.newest(session, select, Teacher.id, limit=_MOST_NAMED, after=None)
     return [*found, *(["…"] if more else [])]
 
@@ -260,48 +226,3 @@ def _sealed(settings: Settings, teacher_id: str, headers: Mapping[str, str]) -> 
 def _opened(settings: Settings, teacher_id: str, sealed: str) -> dict[str, str]:
     opened: dict[str, str] = json.loads(SecretBox.opening(settings).open(sealed, teacher_id))
     return opened
-
-
-# ---- the catalogue --------------------------------------------------------------------------------------------
-
-
-def _here(spec: TeacherSpec) -> Availability:
-    try:
-        return teachers.availability(spec)
-    except ImportError as error:  # a gateway without the hub's client
-        return Availability(
-            False, f"The Python package '{error.name}' that would look for it is not installed here."
-        )
-
-
-def _among(reports: Sequence[Mapping[str, Any]], name: str) -> Availability:
-    answers = [Availability(*report[name]) for report in reports if name in report]
-    absent = Availability(False, "No running worker has it in its file of teachers (DRAM_TEACHERS_FILE).")
-    return next((answer for answer in answers if answer.available), answers[0] if answers else absent)
-
-
-@lru_cache(maxsize=4)
-def _read(path: Path, changed: int) -> Mapping[str, TeacherSpec]:
-    """The teachers of a file; `changed` is its time of change, so that an edit is seen."""
-    try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8")).get("teacher", [])
-        specs = [TeacherSpec.model_validate(table) for table in tables]
-    except ValidationError as error:
-        finding = findings_of(error.errors())[0]
-        log.error("teachers_file_wrong", pointer=finding.pointer, detail=finding.detail)
-        raise _broken(f"{finding.pointer or 'an entry'}: {finding.detail}") from error
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        log.error("teachers_file_wrong", error=str(error))
-        raise _broken(f"it is no TOML file ({error})") from error
-    by_name = {spec.name: spec for spec in specs}
-    twice = len(by_name) < len(specs) or by_name.keys() & TEACHERS.keys()
-    if twice:
-        raise _broken("a name is used twice, or is that of a teacher of the catalogue")
-    return by_name
-
-
-def _broken(why: str) -> Unavailable:
-    return Unavailable(
-        f"The operator's file of teachers (DRAM_TEACHERS_FILE) cannot be used: {why}.",
-        code="teachers_file_wrong",
-    )
