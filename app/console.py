@@ -86,7 +86,9 @@ def error(failure: Exception) -> None:
     err.print(Text.assemble(("Error: ", "bold red"), failure.detail, (f" [{failure.code}]", "dim")))
     for finding in failure.errors:
         where = finding.get("pointer")
-        err.print(Text(f"  {where + ': ' if where else ''}{finding.get('detail', '')}"))
+        said = f"{where + ': ' if where else ''}{finding.get('detail', '')}"
+        if said not in failure.detail:  # of a single finding it says all
+            err.print(Text(f"  {said}"))
     if failure.status == 401:
         err.print(
             Text("  The key of a local service lies in its folder (--home); others: --key or DRAM_API_KEY.")

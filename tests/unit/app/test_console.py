@@ -1,4 +1,4 @@
-"""What the command line shows of a data set."""
+"""What the command line shows of data sets, errors and reports."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from app import console
-from app.client import Dataset
+from app.client import Dataset, DramApiError
 
 
 def test_remarks_of_one_kind_are_shown_a_few_times_and_then_counted(
@@ -21,6 +21,19 @@ def test_remarks_of_one_kind_are_shown_a_few_times_and_then_counted(
     assert [line for line in lines if "tiny." in line] == [f"  {n}.png: it is tiny." for n in range(3)]
     assert "  bad.png: it cannot be decoded." in lines
     assert lines[-1] == "  and 47 more like the last (image_tiny)."
+
+
+def test_an_error_is_not_said_twice_where_it_is_the_only_finding(capsys: pytest.CaptureFixture[str]) -> None:
+    findings = [{"pointer": "/seed", "detail": "It must be 0 or more"}, {"pointer": "", "detail": "Too old"}]
+    console.error(DramApiError(422, "invalid", "/seed: It must be 0 or more.", findings[:1], None))
+    console.error(
+        DramApiError(422, "invalid", "/seed: It must be 0 or more (and 1 more, see errors).", findings, None)
+    )
+    assert capsys.readouterr().err.splitlines() == [
+        "Error: /seed: It must be 0 or more. [invalid]",
+        "Error: /seed: It must be 0 or more (and 1 more, see errors). [invalid]",
+        "  Too old",
+    ]
 
 
 def test_a_report_of_class_maps_shows_how_well_they_agree_with_masks(
