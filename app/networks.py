@@ -25,7 +25,8 @@ from app.jobs.tables import WORKER_SILENCE_S, Worker
 from app.settings import Settings
 from app.wiring import Wiring
 from models.generators import GeneratorSpec
-from models.teachers import Availability, TeacherSpec
+from models.hub import Availability
+from models.teachers import TeacherSpec
 
 log = structlog.get_logger()
 

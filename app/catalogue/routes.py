@@ -13,10 +13,10 @@ from app.paging import Page
 from app.problem import documented
 from app.security.dependencies import Wired, allowed
 from models.generators import GeneratorSpec
+from models.hub import Availability
 from models.methods import METHODS
 from models.pipeline import Stage
 from models.students import STUDENTS, StudentSpec
-from models.teachers import Availability
 
 router = APIRouter(prefix="/v1", tags=["catalogue"], dependencies=[allowed("jobs:read")])
 

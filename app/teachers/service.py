@@ -37,7 +37,8 @@ from app.settings import Settings
 from app.teachers.tables import Teacher
 from app.wiring import Wiring
 from models import teachers
-from models.teachers import TEACHERS, AnyTeacher, Availability, TeacherSpec
+from models.hub import Availability
+from models.teachers import TEACHERS, AnyTeacher, TeacherSpec
 from models.teachers.black_box import BlackBoxTeacher
 
 log = structlog.get_logger()

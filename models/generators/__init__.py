@@ -7,15 +7,15 @@ and the parts that it names.
 from __future__ import annotations
 
 import re
-import time
 from enum import IntEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from models import hub
 from models.errors import GeneratorError
-from models.teachers import Availability
+from models.hub import Availability
 
 if TYPE_CHECKING:
     from models.generators.diffusion import Diffusion
@@ -28,9 +28,6 @@ _WEIGHTS = ("diffusion_pytorch_model", "model")
 _FIRST_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 #: The parts that every method here needs; their folders in a checkpoint.
 _PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-_HUB_SECONDS = 3.0  # how long to wait for the hub to say whether it has a generator
-_HUB_MEMORY_SECONDS = 300.0  # how long its answer is kept
-_hub_answers: dict[tuple[str, str], tuple[float, str]] = {}
 _kept: dict[tuple[str, str], Diffusion] = {}  # the one that `kept` gave last, by specification and device
 
 
@@ -124,7 +121,7 @@ DEFAULT = "embedded"
 def availability(spec: GeneratorSpec) -> Availability:
     """Whether the generator can be loaded on this machine now, and if not, why."""
     if spec.folder is None:
-        return _hub_availability(spec.source, spec.revision or "")
+        return hub.availability(spec.source, spec.revision or "", (_INDEX, _FIRST_WEIGHTS))
     missing = _missing(spec.folder)
     if not missing:
         return Availability(True, "In a local folder." if spec.kind == "local" else "It comes with Dram.")
@@ -190,27 +187,3 @@ def _snapshot(spec: GeneratorSpec) -> Path:
             f"generator '{spec.name}' cannot be loaded from the model hub: {type(error).__name__}",
             "Try again later, or choose another generator.",
         ) from error
-
-
-def _hub_availability(source: str, revision: str) -> Availability:
-    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-
-    cached = [try_to_load_from_cache(source, file, revision=revision) for file in (_INDEX, _FIRST_WEIGHTS)]
-    if all(isinstance(path, str) for path in cached):
-        return Availability(True, "In the local hub cache.")
-    if constants.HF_HUB_OFFLINE:
-        return Availability(
-            False, "It is not in the local hub cache, and this machine is set to stay offline."
-        )
-    asked, reason = _hub_answers.get((source, revision), (float("-inf"), ""))
-    if time.monotonic() - asked > _HUB_MEMORY_SECONDS:
-        try:
-            url = hf_hub_url(source, _FIRST_WEIGHTS, revision=revision)
-            get_hf_file_metadata(url, timeout=_HUB_SECONDS, retry_on_errors=False)
-            reason = ""
-        except Exception as error:  # the hub client raises its transport's own errors too
-            reason = (
-                f"The model hub does not give it ({type(error).__name__}); it is not in the local hub cache."
-            )
-        _hub_answers[source, revision] = (time.monotonic(), reason)
-    return Availability(not reason, reason or "At the model hub; loaded at first use.")

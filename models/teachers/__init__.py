@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import re
-import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, field_serializer, model_validator
 
+from models import hub
 from models.errors import TeacherError
+from models.hub import Availability
 from models.pipeline import TeacherOutput
 from models.teachers.black_box import HttpTeacher, OnnxTeacher
 
@@ -28,9 +28,6 @@ _NETWORK_OUTPUTS = frozenset(
 _PERHAPS_TOKENS = _NETWORK_OUTPUTS | {TeacherOutput.TOKENS}
 _PACKAGE = Path(__file__).resolve().parents[1]
 _PINNED = re.compile(r"[0-9a-f]{40}")
-_HUB_SECONDS = 3.0  # how long to wait for the hub to say whether it has a teacher
-_HUB_MEMORY_SECONDS = 300.0  # how long its answer is kept
-_hub_answers: dict[tuple[str, str], tuple[float, str]] = {}
 
 
 class TeacherSpec(BaseModel):
@@ -83,12 +80,6 @@ class TeacherSpec(BaseModel):
         if not self.is_local and not _PINNED.fullmatch(self.revision or ""):
             raise ValueError(f"teacher '{self.name}': a hub id needs its commit (40 hex digits) as revision")
         return self
-
-
-@dataclass(frozen=True)
-class Availability:
-    available: bool
-    reason: str  # why not, or where from
 
 
 def _efficientnet_lite(number: int, input_size: int, parameters: int) -> TeacherSpec:
@@ -189,7 +180,7 @@ def availability(spec: TeacherSpec) -> Availability:
             )
         return Availability(True, f"In the installed package '{spec.source}'.")
     if spec.folder is None:
-        return _hub_availability(spec.source, spec.revision or "")
+        return hub.availability(spec.source, spec.revision or "", ("config.json", "model.safetensors"))
     missing = _missing_files(spec.folder)
     if spec.kind == "embedded":
         absent = f"Its weights are not part of this installation: {missing}"
@@ -237,30 +228,3 @@ def _missing_files(folder: Path) -> str:
     if not (folder / "model.safetensors").is_file():
         return "Its folder has no model.safetensors."
     return ""
-
-
-def _hub_availability(source: str, revision: str) -> Availability:
-    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-
-    cached = [
-        try_to_load_from_cache(source, file, revision=revision)
-        for file in ("config.json", "model.safetensors")
-    ]
-    if all(isinstance(path, str) for path in cached):
-        return Availability(True, "In the local hub cache.")
-    if constants.HF_HUB_OFFLINE:
-        return Availability(
-            False, "It is not in the local hub cache, and this machine is set to stay offline."
-        )
-    asked, reason = _hub_answers.get((source, revision), (float("-inf"), ""))
-    if time.monotonic() - asked > _HUB_MEMORY_SECONDS:
-        try:
-            url = hf_hub_url(source, "model.safetensors", revision=revision)
-            get_hf_file_metadata(url, timeout=_HUB_SECONDS, retry_on_errors=False)
-            reason = ""
-        except Exception as error:  # the hub client raises its transport's own errors too
-            reason = (
-                f"The model hub does not give it ({type(error).__name__}); it is not in the local hub cache."
-            )
-        _hub_answers[source, revision] = (time.monotonic(), reason)
-    return Availability(not reason, reason or "At the model hub; loaded at first use.")
