@@ -22,6 +22,7 @@ from app.settings import Settings
 from app.students import routes as students
 from app.students.predict import Predictor
 from app.teachers import routes as teachers
+from app.webhooks import routes as webhooks
 from app.wiring import Wiring
 
 DESCRIPTION = "Few-shot distillation as a service: few labelled images in, a tiny ONNX classifier out."
@@ -57,7 +58,7 @@ def create_app(settings: Settings | None = None, wiring: Wiring | None = None) -
     problem.install(app)
     app.add_middleware(BodyLimits)
     app.add_middleware(observability.Observed, metrics=app.state.metrics)
-    for resource in (jobs, datasets, students, teachers, catalogue, keys, health):
+    for resource in (jobs, datasets, students, teachers, catalogue, webhooks, keys, health):
         _mount(app, resource.router)
     return app
 

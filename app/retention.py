@@ -1,5 +1,5 @@
-"""Forgets what nobody needs any more: old stage outputs, teachers' answers, idempotency keys, worker rows; the images
-of deleted data sets; and blobs without a row."""
+"""Forgets what nobody needs any more: old stage outputs, teachers' answers, idempotency keys, worker rows, messages
+to webhooks; the images of deleted data sets; and blobs without a row."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from app.jobs.tables import IdempotencyKey, Job, Shard, StageOutput, TeacherAnsw
 from app.storage import YOUNG_S
 from app.students.tables import Student
 from app.teachers.tables import Teacher
+from app.webhooks.tables import Webhook, WebhookDelivery
 from app.wiring import Wiring
 
 log = structlog.get_logger()
@@ -33,6 +34,9 @@ def sweep(wiring: Wiring) -> int:
         session.execute(sa.delete(StageOutput).where(old))
         session.execute(sa.delete(TeacherAnswer).where(TeacherAnswer.used_at < now() - age))
         session.execute(sa.delete(IdempotencyKey).where(IdempotencyKey.created_at < now() - age))
+        sent = sa.and_(WebhookDelivery.status != "pending", WebhookDelivery.created_at < now() - age)
+        to_nobody = WebhookDelivery.webhook_id.not_in(sa.select(Webhook.id))
+        session.execute(sa.delete(WebhookDelivery).where(sent | to_nobody))
         session.execute(sa.delete(Worker).where(Worker.seen_at < now() - _WORKER_MEMORY_S))
         _let_go(session, sa.and_(Job.status.in_(FINISHED), Job.finished_at < now() - age))
     candidates = list(wiring.blobs.older_than(YOUNG_S))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from datetime import UTC, datetime
 from typing import Any
+from urllib.parse import parse_qsl, urlsplit
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, field_validator
 
@@ -43,3 +44,10 @@ class Order(BaseModel):
 def moment(seconds: float) -> datetime:
     """A table's seconds since 1970 as a moment in UTC."""
     return datetime.fromtimestamp(seconds, UTC)
+
+
+def shown_url(url: str) -> str:
+    """The URL without the values of its parameters, which may be secrets."""
+    parts = urlsplit(url)
+    names = [name for name, _ in parse_qsl(parts.query, keep_blank_values=True)]
+    return parts._replace(query="&".join(f"{name}=…" for name in names)).geturl()

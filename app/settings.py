@@ -92,7 +92,7 @@ class Settings(BaseSettings):
         30,
         gt=0,
         description="So long live stage outputs and black boxes' answers from when they were last used, idempotency "
-        "keys, and, from a job's end, its images where their data set was deleted.",
+        "keys, messages to webhooks, and, from a job's end, its images where their data set was deleted.",
     )
 
     @field_validator("egress_allow", mode="before")

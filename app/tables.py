@@ -16,8 +16,10 @@ from app.jobs.tables import (
 from app.keys.tables import ApiKey
 from app.students.tables import Student
 from app.teachers.tables import Teacher
+from app.webhooks.tables import Webhook, WebhookDelivery
 
 __all__ = [
     "ApiKey", "Base", "Dataset", "DatasetImage", "IdempotencyKey", "Job", "JobEvent", "JobMetric", "JobStage",
-    "Shard", "StageOutput", "Student", "Teacher", "TeacherAnswer", "Worker",
+    "Shard", "StageOutput", "Student", "Teacher", "TeacherAnswer", "Webhook", "WebhookDelivery",
+    "Worker",
 ]  # fmt: skip

@@ -1,4 +1,5 @@
-"""The maintenance loop: takes back dead leases, rings again, ends overdue jobs, forgets what is old.
+"""The maintenance loop: takes back dead leases, rings again, ends overdue jobs, forgets what is old. Beside it, in
+threads of its own, what webhooks are to be told is sent.
 
     python -m workers.maintenance
 
@@ -20,6 +21,7 @@ from app.jobs import claims, lifecycle, service
 from app.jobs.lifecycle import Ready
 from app.jobs.tables import Job, Shard
 from app.settings import Settings
+from app.webhooks.delivery import Courier
 from app.wiring import Wiring
 
 log = structlog.get_logger()
@@ -36,15 +38,16 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     swept = time.monotonic()
-    while not stop.is_set():
-        try:
-            run_round(wiring)
-            if time.monotonic() - swept > _RETENTION_PAUSE_S:
-                swept = time.monotonic()
-                retention.sweep(wiring)
-        except (sa.exc.DBAPIError, OSError) as error:
-            log.warning("maintenance_round_failed", error=str(error))
-        stop.wait(settings.reap_s)
+    with Courier(wiring):
+        while not stop.is_set():
+            try:
+                run_round(wiring)
+                if time.monotonic() - swept > _RETENTION_PAUSE_S:
+                    swept = time.monotonic()
+                    retention.sweep(wiring)
+            except (sa.exc.DBAPIError, OSError) as error:
+                log.warning("maintenance_round_failed", error=str(error))
+            stop.wait(settings.reap_s)
     wiring.close()
 
 

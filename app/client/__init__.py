@@ -27,6 +27,9 @@ from app.client.answers import (
     Sample,
     Student,
     Teacher,
+    Webhook,
+    WebhookDelivery,
+    WebhookTest,
 )
 from app.client.asynchronous import AsyncDram
 from app.client.errors import (
@@ -61,4 +64,7 @@ __all__ = [
     "Student",
     "Teacher",
     "UnreachableError",
+    "Webhook",
+    "WebhookDelivery",
+    "WebhookTest",
 ]

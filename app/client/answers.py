@@ -207,6 +207,39 @@ class Probe(Answer):
     hint: str = ""
 
 
+class Webhook(Answer):
+    """`secret`: signs the messages; only in the answer that made it. `disabled_at`: its address answered 410 Gone."""
+
+    id: str
+    title: str = ""
+    url: str = ""
+    events: list[str] = []
+    secret: str | None = None
+    old_secret_until: datetime | None = None
+    disabled_at: datetime | None = None
+
+
+class WebhookTest(Answer):
+    """What came of a test message. `http_status` None: there was no answer."""
+
+    ok: bool
+    http_status: int | None = None
+    reason: str = ""
+
+
+class WebhookDelivery(Answer):
+    """A message to a webhook: pending, succeeded or failed. `reason`: why the last attempt failed."""
+
+    id: str
+    event: str
+    job_id: str
+    status: str
+    attempts: int = 0
+    next_attempt_at: datetime | None = None
+    http_status: int | None = None
+    reason: str = ""
+
+
 class Method(Answer):
     """`needs`: what it asks of a teacher, whose `offers` must include it. `student`: the only one it makes, if so."""
 

@@ -26,6 +26,9 @@ from app.client.answers import (
     Sample,
     Student,
     Teacher,
+    Webhook,
+    WebhookDelivery,
+    WebhookTest,
 )
 from app.client.calls import Call, Flow
 from app.client.packing import Source, packed
@@ -57,6 +60,7 @@ class AsyncDram:
         self.teachers = AsyncTeachers(self)
         self.jobs = AsyncJobs(self)
         self.students = AsyncStudents(self)
+        self.webhooks = AsyncWebhooks(self)
 
     async def __aenter__(self) -> Self:
         return self
@@ -383,3 +387,41 @@ class AsyncStudents:
         Of an image over 1,024 pixels a side it is a map of the image scaled down to that.
         """
         return await self._dram.run(calls.class_map(student_id, image))
+
+
+class AsyncWebhooks:
+    def __init__(self, dram: AsyncDram) -> None:
+        self._dram = dram
+
+    async def create(
+        self, url: str, *, events: Sequence[str] | None = None, title: str | None = None
+    ) -> Webhook:
+        """Be told of events of your jobs, such as job.failed; left out: of their ends. Keep its `secret`."""
+        order = {"url": url, "events": None if events is None else [*events], "title": title}
+        return await self._dram.run(calls.create_webhook(order))
+
+    async def get(self, webhook_id: str) -> Webhook:
+        return await self._dram.run(calls.get_webhook(webhook_id))
+
+    async def list(self, *, limit: int | None = None, after: str | None = None) -> Page[Webhook]:
+        return await self._dram.run(calls.list_webhooks(limit, after))
+
+    async def delete(self, webhook_id: str) -> None:
+        await self._dram.run(calls.delete_webhook(webhook_id))
+
+    async def replace_secret(self, webhook_id: str) -> Webhook:
+        """Make a new `secret`. For a day messages are signed with the old one, too."""
+        return await self._dram.run(calls.replace_webhook_secret(webhook_id))
+
+    async def test(self, webhook_id: str) -> WebhookTest:
+        """Send a message of type webhook.test now, and see what comes back."""
+        return await self._dram.run(calls.test_webhook(webhook_id))
+
+    async def deliveries(
+        self, webhook_id: str, *, limit: int | None = None, after: str | None = None
+    ) -> Page[WebhookDelivery]:
+        """The messages to it, newest first, and what became of them."""
+        return await self._dram.run(calls.list_deliveries(webhook_id, limit, after))
+
+    async def send_again(self, webhook_id: str, delivery_id: str) -> WebhookDelivery:
+        return await self._dram.run(calls.send_again(webhook_id, delivery_id))

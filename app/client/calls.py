@@ -33,6 +33,9 @@ from app.client.answers import (
     Sample,
     Student,
     Teacher,
+    Webhook,
+    WebhookDelivery,
+    WebhookTest,
 )
 from app.client.errors import JobTimeoutError
 
@@ -283,6 +286,43 @@ def class_map(student_id: str, image: Path | bytes) -> Flow[bytes]:
         repeatable=True,
     )
     return response.content
+
+
+def create_webhook(order: Mapping[str, Any]) -> Flow[Webhook]:
+    response = yield Call("POST", "/v1/webhooks", json=_given(order))
+    return Webhook.model_validate(response.json())
+
+
+def get_webhook(webhook_id: str) -> Flow[Webhook]:
+    return _get(f"/v1/webhooks/{webhook_id}", Webhook)
+
+
+def list_webhooks(limit: int | None, after: str | None) -> Flow[Page[Webhook]]:
+    return _list("/v1/webhooks", Webhook, limit, after)
+
+
+def delete_webhook(webhook_id: str) -> Flow[None]:
+    yield Call("DELETE", f"/v1/webhooks/{webhook_id}")
+
+
+def replace_webhook_secret(webhook_id: str) -> Flow[Webhook]:
+    response = yield Call("POST", f"/v1/webhooks/{webhook_id}/secret")
+    return Webhook.model_validate(response.json())
+
+
+def test_webhook(webhook_id: str) -> Flow[WebhookTest]:
+    response = yield Call("POST", f"/v1/webhooks/{webhook_id}/test")
+    return WebhookTest.model_validate(response.json())
+
+
+def list_deliveries(webhook_id: str, limit: int | None, after: str | None) -> Flow[Page[WebhookDelivery]]:
+    return _list(f"/v1/webhooks/{webhook_id}/deliveries", WebhookDelivery, limit, after)
+
+
+def send_again(webhook_id: str, delivery_id: str) -> Flow[WebhookDelivery]:
+    path = f"/v1/webhooks/{webhook_id}/deliveries/{delivery_id}/retry"
+    response = yield Call("POST", path, repeatable=True)
+    return WebhookDelivery.model_validate(response.json())
 
 
 def ready() -> Flow[dict[str, Any]]:

@@ -26,6 +26,9 @@ from app.client.answers import (
     Sample,
     Student,
     Teacher,
+    Webhook,
+    WebhookDelivery,
+    WebhookTest,
 )
 from app.client.calls import Call, Flow
 from app.client.packing import Source, packed
@@ -57,6 +60,7 @@ class Dram:
         self.teachers = Teachers(self)
         self.jobs = Jobs(self)
         self.students = Students(self)
+        self.webhooks = Webhooks(self)
 
     def __enter__(self) -> Self:
         return self
@@ -379,3 +383,39 @@ class Students:
         Of an image over 1,024 pixels a side it is a map of the image scaled down to that.
         """
         return self._dram.run(calls.class_map(student_id, image))
+
+
+class Webhooks:
+    def __init__(self, dram: Dram) -> None:
+        self._dram = dram
+
+    def create(self, url: str, *, events: Sequence[str] | None = None, title: str | None = None) -> Webhook:
+        """Be told of events of your jobs, such as job.failed; left out: of their ends. Keep its `secret`."""
+        order = {"url": url, "events": None if events is None else [*events], "title": title}
+        return self._dram.run(calls.create_webhook(order))
+
+    def get(self, webhook_id: str) -> Webhook:
+        return self._dram.run(calls.get_webhook(webhook_id))
+
+    def list(self, *, limit: int | None = None, after: str | None = None) -> Page[Webhook]:
+        return self._dram.run(calls.list_webhooks(limit, after))
+
+    def delete(self, webhook_id: str) -> None:
+        self._dram.run(calls.delete_webhook(webhook_id))
+
+    def replace_secret(self, webhook_id: str) -> Webhook:
+        """Make a new `secret`. For a day messages are signed with the old one, too."""
+        return self._dram.run(calls.replace_webhook_secret(webhook_id))
+
+    def test(self, webhook_id: str) -> WebhookTest:
+        """Send a message of type webhook.test now, and see what comes back."""
+        return self._dram.run(calls.test_webhook(webhook_id))
+
+    def deliveries(
+        self, webhook_id: str, *, limit: int | None = None, after: str | None = None
+    ) -> Page[WebhookDelivery]:
+        """The messages to it, newest first, and what became of them."""
+        return self._dram.run(calls.list_deliveries(webhook_id, limit, after))
+
+    def send_again(self, webhook_id: str, delivery_id: str) -> WebhookDelivery:
+        return self._dram.run(calls.send_again(webhook_id, delivery_id))

@@ -11,16 +11,19 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from app.jobs.tables import Job, JobEvent
+from app.webhooks import outbox
 
 #: After one of these nothing more happens, unless the job is retried.
 TERMINAL = frozenset({"job.succeeded", "job.failed", "job.cancelled"})
 
 
 def append(session: Session, job: Job, type: str, **data: Any) -> None:
-    """Add the job's next event. The caller holds the job's row lock, so numbers have no gaps."""
+    """Add the job's next event, and tell the webhooks that want it. The caller holds the job's row lock, so numbers
+    have no gaps."""
     job.last_event += 1
     job.shown_spent, job.shown_cached = job.queries_spent, job.queries_cached
     session.add(JobEvent(job_id=job.id, number=job.last_event, type=type, data=data))
+    outbox.write(session, job, type)
 
 
 def after(session: Session, job_id: str, number: int, limit: int) -> list[JobEvent]:

@@ -248,7 +248,7 @@ class Egress:
         if scheme not in ("https", "http"):
             raise Refused("the URL must begin with https://")
         if "@" in parts.netloc:
-            raise Refused("the URL holds a user name", "Send secrets as headers.")
+            raise Refused("the URL holds a user name", "Leave it out.")
         literal = _literal(host)
         name = str(literal) if literal else _ascii_name(host)
         port = given_port if given_port is not None else {"https": 443, "http": 80}[scheme]

@@ -15,6 +15,8 @@ Scope = Literal[
     "students:read",
     "students:write",
     "teachers:write",
+    "webhooks:read",
+    "webhooks:write",
     "admin",
 ]
 SCOPES: tuple[Scope, ...] = get_args(Scope)

@@ -17,6 +17,7 @@ from app.datasets.one_image import ImageReader
 from app.errors import Finding, Invalid, TooLarge, UnsupportedMedia
 from app.paging import Limit, Page
 from app.problem import documented
+from app.schemas import shown_url
 from app.security.dependencies import Wired, allowed
 from app.security.egress import Egress
 from app.security.limits import MAX_SPEC_BYTES
@@ -31,12 +32,12 @@ from app.teachers.schemas import (
     ProbeReport,
     TeacherAnswer,
     TeacherDetail,
-    shown_url,
 )
 from app.teachers.tables import Teacher
 from app.wiring import Wiring
+from models.hub import Availability
 from models.pipeline import TeacherOutput
-from models.teachers import Availability, TeacherSpec
+from models.teachers import TeacherSpec
 from models.teachers.black_box import MODEL_FILE, BlackBoxTeacher, HttpTeacher, OnnxTeacher, Pixels
 
 router = APIRouter(prefix="/v1/teachers", tags=["teachers"])

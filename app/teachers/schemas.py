@@ -262,10 +262,3 @@ class BlackBoxDetail(Answer):
 
 class TeacherDetail(TeacherAnswer):
     black_box: BlackBoxDetail | None = Field(description="Of a black box of yours.")
-
-
-def shown_url(url: str) -> str:
-    """The URL without the values of its parameters."""
-    parts = urlsplit(url)
-    names = [name for name, _ in parse_qsl(parts.query, keep_blank_values=True)]
-    return parts._replace(query="&".join(f"{name}=…" for name in names)).geturl()

@@ -27,6 +27,7 @@ ALLOWED = {
     "app/jobs/lifecycle.py": "acts on the job that its caller has found",
     "app/jobs/plan.py": "filters by the tenant of the job that it plans",
     "app/jobs/queries.py": "filters by the tenant of the job whose claim is held",
+    "app/webhooks/delivery.py": "sends for every tenant",
     "app/retention.py": "housekeeping for every tenant",
 }
 

@@ -149,6 +149,8 @@ def _body(path: str) -> dict[str, object] | None:
     """A body that is valid, so that only the scope is wrong: FastAPI looks at bodies first."""
     if path == "/v1/keys":
         return {"name": "a", "scopes": ["admin"]}
+    if path == "/v1/webhooks":
+        return {"url": "https://1.1.1.1/"}
     if path == "/v1/jobs":
         return {"dataset_id": "ds_1", "teacher_id": "efficientnet_lite0", "student": "conv4"}
     if path.endswith("/headers"):

@@ -18,7 +18,7 @@ from app.wiring import Wiring
 Submit = Callable[..., str]
 
 
-def submit_to(wiring: Wiring, shards: int = 1, **columns: Any) -> str:
+def submit_to(wiring: Wiring, shards: int = 1, labels: dict[str, str] | None = None, **columns: Any) -> str:
     """A queued job with ready shards; `columns` of its row. The job's id."""
     with wiring.database.writing() as session:
         dataset = Dataset(
@@ -29,7 +29,7 @@ def submit_to(wiring: Wiring, shards: int = 1, **columns: Any) -> str:
         session.flush()
         job = Job(
             id=ids.new("job"), tenant="t", dataset_id=dataset.id, teacher="x", method="toy", student="s",
-            preset="draft", params={}, seed=0, labels={}, sources={}, shape={}, status="queued", attempt=1,
+            preset="draft", params={}, seed=0, labels=labels or {}, sources={}, shape={}, status="queued", attempt=1,
             percent=0.0, last_event=0, **columns,
         )  # fmt: skip
         session.add(job)

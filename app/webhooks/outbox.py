@@ -1,0 +1,56 @@
+"""The outbox: what is to be sent is written in the transaction that made it happen, and sent by `delivery`."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.orm import Session
+
+from app import ids
+from app.db import now, owned
+from app.jobs.tables import Job
+from app.schemas import moment
+from app.security.principal import Principal
+from app.webhooks.schemas import EVENTS
+from app.webhooks.tables import Webhook, WebhookDelivery
+
+#: Metadata whose JSON is longer is left out: a message is to have less than 20 kB.
+_MOST_METADATA = 16_000
+
+
+def write(session: Session, job: Job, event: str) -> None:
+    """Tell every webhook of the job's tenant that wants this event. Part of the write unit of the event."""
+    if event not in EVENTS:
+        return
+    enabled = owned(Webhook, Principal(job.tenant, frozenset())).where(Webhook.disabled_at.is_(None))
+    told = [webhook for webhook in session.scalars(enabled) if event in webhook.events]
+    if not told:
+        return
+    clock = session.scalar(sa.select(now())) or 0.0
+    payload = {"type": event, "timestamp": timestamp(clock), "data": _data(job)}
+    session.add_all(
+        WebhookDelivery(
+            id=ids.new("msg"), webhook_id=webhook.id, job_id=job.id, event=event, payload=payload, next_at=clock
+        )
+        for webhook in told
+    )  # fmt: skip
+
+
+def timestamp(seconds: float) -> str:
+    return moment(seconds).isoformat().replace("+00:00", "Z")
+
+
+def _data(job: Job) -> dict[str, Any]:
+    urls = {"job": f"/v1/jobs/{job.id}"}
+    if job.student_id:
+        urls["student"] = f"/v1/students/{job.student_id}"
+    return {
+        "id": job.id,
+        "status": job.status,
+        "student_id": job.student_id,
+        "error_code": job.error["code"] if job.error else None,
+        "metadata": job.labels if len(json.dumps(job.labels)) <= _MOST_METADATA else None,
+        "urls": urls,
+    }
