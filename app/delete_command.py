@@ -19,17 +19,19 @@ _KINDS: Mapping[str, tuple[str, _Deletion]] = {
     "job_": ("job", lambda dram, item: dram.jobs.delete(item)),
     "stu_": ("student", lambda dram, item: dram.students.delete(item)),
     "tch_": ("teacher of your own", lambda dram, item: dram.teachers.delete(item)),
+    "wh_": ("webhook", lambda dram, item: dram.webhooks.delete(item)),
 }
 
 
 @grouped
 def delete(
     items: Annotated[
-        list[str], typer.Argument(metavar="ID", help="Of data sets, jobs, students, teachers of your own.")
+        list[str],
+        typer.Argument(metavar="ID", help="Of data sets, jobs, students, webhooks, teachers of your own."),
     ],
     where: Where,
 ) -> None:
-    """Delete data sets, jobs that have ended, students, and teachers of your own with their secrets.
+    """Delete data sets, jobs that have ended, students; teachers of your own and webhooks, with their secrets.
 
     A job's student stays, unless it is named too. What is refused is said, and the rest deleted.
     """

@@ -156,20 +156,22 @@ def test_a_dry_run_as_json_is_the_plan_as_the_service_answered_it(script: Script
 def test_each_id_is_deleted_as_what_it_names_and_a_refusal_does_not_keep_the_rest(script: Script) -> None:
     why = "Job job_1 is running; only a job that has ended can be deleted. Cancel it first."
     gone = Answer(204, b"")
-    script.answers = [gone, problem(409, code="job_not_finished", detail=why), gone, gone]
-    ran = dram("delete", "ds_1", "job_1", "stu_1", "tch_1", "--url", script.url)
+    script.answers = [gone, problem(409, code="job_not_finished", detail=why), gone, gone, gone]
+    ran = dram("delete", "ds_1", "job_1", "stu_1", "tch_1", "wh_1", "--url", script.url)
     assert ran.returncode == 1
     assert [(asked.method, asked.path) for asked in script.asked] == [
         ("DELETE", "/v1/datasets/ds_1"),
         ("DELETE", "/v1/jobs/job_1"),
         ("DELETE", "/v1/students/stu_1"),
         ("DELETE", "/v1/teachers/tch_1"),
+        ("DELETE", "/v1/webhooks/wh_1"),
     ]
     assert ran.stderr.splitlines() == [
         "ds_1 is deleted",
         f"Error: {why} [job_not_finished]",
         "stu_1 is deleted",
         "tch_1 is deleted",
+        "wh_1 is deleted",
     ]
 
 
