@@ -99,7 +99,7 @@ def record(database: Database, held: Claim, outcome: Outcome) -> None:
             row.next_at = clock + min(max(pause, outcome.after_s), _LONGEST_PAUSE_S)
 
 
-def _due(clock: Any, under_way: Collection[Claim]) -> sa.Select[Any]:
+def _due(clock: Any, under_way: Collection[Claim]) -> sa.Select[WebhookDelivery, Webhook]:
     """The message that is due for longest, of tenants and webhooks that may have one more under way."""
     tenants = Counter(held.webhook.tenant for held in under_way)
     webhooks = Counter(held.webhook.id for held in under_way)

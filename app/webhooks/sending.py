@@ -85,7 +85,7 @@ def send(
 
 
 def told(error: Unreachable) -> str:
-    """What is wrong, as a sentence; without the hint, which is about teachers."""
+    """What is wrong, as a sentence; without the hint, which of an answer is about teachers."""
     return f"{error.detail[:1].upper()}{error.detail[1:]}."
 
 

@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 from app import ids, paging
 from app.db import now, owned
 from app.errors import Conflict, Finding, Invalid, NotFound
-from app.security.egress import Egress
+from app.security.egress import Egress, Refused
 from app.security.principal import Principal
 from app.security.secretbox import SecretBox
 from app.webhooks import outbox, sending
@@ -161,7 +161,7 @@ def _check(wiring: Wiring, url: str) -> None:
         Egress(wiring.settings.egress_allow).check(url)
     except Unreachable as error:
         detail = f"{sending.told(error)} {error.hint}".strip()
-        raise Invalid(f"/url: {detail}", findings=(Finding(error.code, "/url", detail),)) from None
+        raise Invalid(f"/url: {detail}", findings=(Finding(Refused.code, "/url", detail),)) from None
 
 
 def _sealed(wiring: Wiring, secret: str, webhook_id: str) -> str:
