@@ -7,13 +7,13 @@ from typing import Literal
 from pydantic import Field
 
 from app.schemas import Answer, Order, Time
-from app.security.principal import Scope
+from app.security.principal import SCOPES, Scope
 
 
 class KeyOrder(Order):
     name: str = Field(min_length=1, max_length=100, description="What the key is for.")
     scopes: list[Scope] = Field(
-        min_length=1, max_length=10, description="What the key may do; admin: everything."
+        min_length=1, max_length=len(SCOPES), description="What the key may do; admin: everything."
     )
     expires_at: Time | None = Field(None, description="When the key ends. Empty: never.")
 
