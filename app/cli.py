@@ -29,7 +29,6 @@ cli = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-cli.add_typer(teachers, name="teachers")
 JobId = Annotated[str, typer.Argument(metavar="JOB")]
 
 
@@ -104,6 +103,8 @@ def submit(
     as_json: AsJson = False,
 ) -> None:
     """Order a student from a data set."""
+    if dry_run and watch:
+        raise typer.BadParameter("--dry-run orders nothing that --watch could show: leave one out")
     asked = options.order()
     with where.client() as dram:
         order = complete(dram, {"dataset_id": dataset, **asked}, lambda: dram.datasets.get(dataset).task)

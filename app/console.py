@@ -84,10 +84,12 @@ def error(failure: Exception) -> None:
         err.print(Text.assemble(("Error: ", "bold red"), f"{str(failure) or type(failure).__name__}"))
         return
     err.print(Text.assemble(("Error: ", "bold red"), failure.detail, (f" [{failure.code}]", "dim")))
-    for finding in failure.errors:
+    only = failure.errors[0].get("detail") if len(failure.errors) == 1 else None
+    for number, finding in enumerate(failure.errors):
         where = finding.get("pointer")
         said = f"{where + ': ' if where else ''}{finding.get('detail', '')}"
-        if said not in failure.detail:  # of a single finding it says all
+        told = failure.detail == only or (number == 0 and failure.detail.startswith(said))
+        if not told:
             err.print(Text(f"  {said}"))
     if failure.status == 401:
         err.print(

@@ -42,6 +42,7 @@ def delete(
             try:
                 delete_one(dram, item)
             except DramApiError as refusal:
+                console.note(f"{item} is not deleted:")
                 console.error(refusal)
                 refused = True
             else:

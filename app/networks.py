@@ -1,7 +1,28 @@
 """Networks that a job may name, teachers or generators: those that come with Dram and the operator's own.
 
-The operator's file (DRAM_TEACHERS_FILE) is TOML, one table for each network: `[[teacher]]` with the members of
-`TeacherSpec`, `[[generator]]` with those of `GeneratorSpec`.
+The operator's file (DRAM_TEACHERS_FILE) is TOML, one table for each network with the members of `TeacherSpec` or
+`GeneratorSpec`:
+
+    [[teacher]]
+    name = "our_vit"
+    title = "Our ViT, fine-tuned on bolts"
+    kind = "timm"
+    source = "/srv/networks/our_vit"        # a folder, or a hub id with its commit as revision
+    input_size = 224
+    parameters = 22056576
+    embedding_dim = 384
+    licence = "proprietary"
+    licence_url = "https://example.org/licence"
+
+    [[generator]]
+    name = "our_diffusion"
+    title = "Our diffusion model of bolts"
+    kind = "local"
+    source = "/srv/networks/our_diffusion"  # a folder in Stable Diffusion's format
+    revision = "2"                          # change it with the weights
+    resolution = 256
+    licence = "proprietary"
+    licence_url = "https://example.org/licence"
 """
 
 from __future__ import annotations

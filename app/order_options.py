@@ -111,5 +111,7 @@ def _labels(given: list[str] | None) -> dict[str, str]:
         key, sign, value = item.partition("=")
         if not (sign and key):
             raise typer.BadParameter(f"'{item}' should read KEY=VALUE, such as project=herbarium")
+        if key in labels:
+            raise typer.BadParameter(f"--metadata gives '{key}' twice")
         labels[key] = value
     return labels

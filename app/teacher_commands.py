@@ -14,7 +14,9 @@ from app.client import ClientError, Dram, Probe, Teacher
 from app.connect import AsJson, Where
 from app.option_groups import grouped
 
-teachers = typer.Typer(help="The teachers there are; add and probe your own.", invoke_without_command=True)
+teachers = typer.Typer(
+    help="The teachers there are; add, probe and give headers to your own.", invoke_without_command=True
+)
 
 _PAGE = 100
 #: Not the URL: a student's bundle names its teacher by the title, and is handed on.

@@ -43,16 +43,18 @@ def until_success(dram: Dram, job_id: str, *, lasting: bool = True) -> Job:
 
 def _or_why_not(dram: Dram, events: Iterator[JobEvent]) -> Iterator[JobEvent]:
     """The events; where no worker takes the job for a while, new or retried, what is missing is said."""
-    patience = _patience(dram)
+    patience = [_patience(dram)]
     try:
         for event in events:
             if event.type in {"job.started", "job.retried"}:
-                _end(patience)
+                patience[-1].cancel()
             if event.type == "job.retried":
-                patience = _patience(dram)
+                patience.append(_patience(dram))
             yield event
     finally:
-        _end(patience)
+        patience[-1].cancel()
+        for each in patience:
+            each.join()  # where one speaks already, the client stays open so long
 
 
 def _patience(dram: Dram) -> threading.Timer:
@@ -60,11 +62,6 @@ def _patience(dram: Dram) -> threading.Timer:
     patience.daemon = True
     patience.start()
     return patience
-
-
-def _end(patience: threading.Timer) -> None:
-    patience.cancel()
-    patience.join()  # where it speaks already, the client stays open so long
 
 
 def _say_what_is_missing(dram: Dram) -> None:

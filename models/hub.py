@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 _WAIT_SECONDS = 3.0  # how long to wait for the hub to say whether it has a network
 _MEMORY_SECONDS = 300.0  # how long its answer is kept
-_answers: dict[tuple[str, str], tuple[float, str]] = {}
+_answers: dict[tuple[str, str, str], tuple[float, str]] = {}
 
 
 @dataclass(frozen=True)
@@ -31,15 +31,16 @@ def availability(source: str, revision: str, files: Sequence[str]) -> Availabili
         return Availability(
             False, "It is not in the local hub cache, and this machine is set to stay offline."
         )
-    asked, reason = _answers.get((source, revision), (float("-inf"), ""))
+    question = (source, revision, files[-1])
+    asked, reason = _answers.get(question, (float("-inf"), ""))
     if time.monotonic() - asked > _MEMORY_SECONDS:
         try:
-            url = hf_hub_url(source, files[-1], revision=revision)
+            url = hf_hub_url(source, question[-1], revision=revision)
             get_hf_file_metadata(url, timeout=_WAIT_SECONDS, retry_on_errors=False)
             reason = ""
         except Exception as error:  # the hub client raises its transport's own errors too
             reason = (
                 f"The model hub does not give it ({type(error).__name__}); it is not in the local hub cache."
             )
-        _answers[source, revision] = (time.monotonic(), reason)
+        _answers[question] = (time.monotonic(), reason)
     return Availability(not reason, reason or "At the model hub; loaded at first use.")

@@ -16,7 +16,7 @@ from typing import Any
 
 from models import generators, students
 from models.data import archive, fewshot, masked_folder
-from models.errors import DataError
+from models.errors import DataError, TrainingError
 from models.generators import GENERATORS, GeneratorSpec
 from models.methods import METHODS
 from models.pipeline import (
@@ -84,6 +84,9 @@ def run(
     teacher = TEACHERS[teacher] if isinstance(teacher, str) else teacher
     students.checked(student, method.student)
     params = params or method.resolve(preset, {})
+    misfit = method.misfit(params, teacher) if method.needs <= teacher.offers else None
+    if misfit is not None:
+        raise TrainingError(f"parameter '{misfit.parameter}': {misfit.detail}")
     documents: dict[str, Any] = {"teacher": teacher.model_dump(mode="json"), "student": {"name": student}}
     if method.draws(params):
         generator = GENERATORS[generator] if isinstance(generator, str) else generator

@@ -1,17 +1,4 @@
-"""Which generators there are: the catalogue of `models.generators`, and those of the operator's own file.
-
-They stand in the file of teachers (DRAM_TEACHERS_FILE), one table for each with the members of `GeneratorSpec`:
-
-    [[generator]]
-    name = "our_diffusion"
-    title = "Our diffusion model of bolts"
-    kind = "local"
-    source = "/srv/networks/our_diffusion"  # a folder in Stable Diffusion's format
-    revision = "2"                          # change it with the weights
-    resolution = 256
-    licence = "proprietary"
-    licence_url = "https://example.org/licence"
-"""
+"""Which generators there are: the catalogue of `models.generators`, and the operator's own (`app.networks`)."""
 
 from __future__ import annotations
 

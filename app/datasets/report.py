@@ -137,7 +137,7 @@ def check_counts(
 
 
 def fewest_shots(settings: Settings, tested: bool) -> int:
-    """Labelled images that a class needs; without test images one of them is held back in turn, and asked about."""
+    """Labelled images that a class needs. Without test images accuracy comes from cross-validation, which takes two."""
     return settings.min_shots if tested else max(settings.min_shots, 2)
 
 

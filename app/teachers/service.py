@@ -1,18 +1,4 @@
-"""Which teachers there are: the catalogue of `models.teachers`, the operator's own file, and a tenant's black boxes.
-
-The operator's file is TOML, one table for each teacher with the members of `TeacherSpec`:
-
-    [[teacher]]
-    name = "our_vit"
-    title = "Our ViT, fine-tuned on bolts"
-    kind = "timm"
-    source = "/srv/networks/our_vit"       # a folder, or a hub id with its commit as revision
-    input_size = 224
-    parameters = 22056576
-    embedding_dim = 384
-    licence = "proprietary"
-    licence_url = "https://example.org/licence"
-"""
+"""Which teachers there are: the catalogue of `models.teachers`, the operator's own (`app.networks`), and tenants' black boxes."""
 
 from __future__ import annotations
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +65,17 @@ def distil(root: Path, out: Path, *wanted: str, **options: object) -> local.Loca
 def finished(images: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, local.LocalRun]:
     out = tmp_path_factory.mktemp("out")
     return out, distil(images, out, "trained_student", "teacher_on_test")
+
+
+def test_one_image_of_each_class_is_enough_where_others_test(images: Path, tmp_path: Path) -> None:
+    for split in (tmp_path / "one", tmp_path / "one" / "test"):
+        for name in CLASSES:
+            (split / name).mkdir(parents=True)
+            source = images / name if split.name == "one" else images / "test" / name
+            shutil.copy(source / "0.png", split / name)
+    run = distil(tmp_path / "one", tmp_path / "out", "report")
+    report = json.loads((run.folder("report") / "report.json").read_text())
+    assert (report["evaluation"]["kind"], report["evaluation"]["images"]) == ("test", 3)
 
 
 def accuracy_of(student: students.TrainedStudent, images: Path) -> float:

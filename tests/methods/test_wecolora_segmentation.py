@@ -212,6 +212,14 @@ def test_masks_and_methods_that_do_not_go_together_are_refused(
         local.run(METHOD, unlabelled, spec, SHORTENED_VIT, tmp_path)
 
 
+def test_one_image_with_a_mask_is_enough_where_others_test(spec: TeacherSpec, tmp_path: Path) -> None:
+    root = rendered_masks.write(tmp_path / "one", support=1, test=2, unlabelled=0)
+    few = {"distillation": {"steps": 2, "batch_size": 4, "views": 1}}
+    run = made(root, spec, tmp_path / "out", "report", **few)
+    report = json.loads((run.folder("report") / "report.json").read_text())
+    assert (report["evaluation"]["kind"], report["evaluation"]["images"]) == ("test", 2)
+
+
 def test_one_image_cannot_be_cross_validated(spec: TeacherSpec, tmp_path: Path) -> None:
     root = rendered_masks.write(tmp_path / "one", support=1, test=0, unlabelled=2)
     few = {"distillation": {"steps": 2, "batch_size": 4, "views": 1}}

@@ -29,10 +29,17 @@ def test_an_error_is_not_said_twice_where_it_is_the_only_finding(capsys: pytest.
     console.error(
         DramApiError(422, "invalid", "/seed: It must be 0 or more (and 1 more, see errors).", findings, None)
     )
+    rank = {"pointer": "/params/rank", "detail": "Parameter 'rank': too high."}
+    console.error(DramApiError(422, "unfit", "Parameter 'rank': too high.", [rank], None))
+    missing = [{"pointer": pointer, "detail": "Field required"} for pointer in ("/params/seed", "/seed")]
+    console.error(DramApiError(422, "invalid", "/params/seed: Field required (and 1 more).", missing, None))
     assert capsys.readouterr().err.splitlines() == [
         "Error: /seed: It must be 0 or more. [invalid]",
         "Error: /seed: It must be 0 or more (and 1 more, see errors). [invalid]",
         "  Too old",
+        "Error: Parameter 'rank': too high. [unfit]",
+        "Error: /params/seed: Field required (and 1 more). [invalid]",
+        "  /seed: Field required",
     ]
 
 
