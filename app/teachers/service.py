@@ -1,4 +1,7 @@
-"""Which teachers there are: the catalogue of `models.teachers`, the operator's own (`app.networks`), and tenants' black boxes."""
+"""Which teachers there are: the catalogue of `models.teachers`, the operator's own, and a tenant's black boxes.
+
+The operator's are read by `app.networks`.
+"""
 
 from __future__ import annotations
 
