@@ -17,6 +17,7 @@ from app.jobs.tables import IdempotencyKey, Job, Shard, StageOutput, TeacherAnsw
 from app.storage import YOUNG_S
 from app.students.tables import Student
 from app.teachers.tables import Teacher
+from app.webhooks import outbox
 from app.webhooks.tables import Webhook, WebhookDelivery
 from app.wiring import Wiring
 
@@ -34,7 +35,12 @@ def sweep(wiring: Wiring) -> int:
         session.execute(sa.delete(StageOutput).where(old))
         session.execute(sa.delete(TeacherAnswer).where(TeacherAnswer.used_at < now() - age))
         session.execute(sa.delete(IdempotencyKey).where(IdempotencyKey.created_at < now() - age))
-        sent = sa.and_(WebhookDelivery.status != "pending", WebhookDelivery.created_at < now() - age)
+        disabled = sa.select(Webhook.id).where(
+            Webhook.disabled_at.is_not(None)
+        )  # just when they were written
+        outbox.give_up(session, WebhookDelivery.webhook_id.in_(disabled), "The webhook is disabled.")
+        ended = WebhookDelivery.status.in_(("succeeded", "failed"))
+        sent = sa.and_(ended, WebhookDelivery.created_at < now() - age)
         to_nobody = WebhookDelivery.webhook_id.not_in(sa.select(Webhook.id))
         session.execute(sa.delete(WebhookDelivery).where(sent | to_nobody))
         session.execute(sa.delete(Worker).where(Worker.seen_at < now() - _WORKER_MEMORY_S))

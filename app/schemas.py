@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from datetime import UTC, datetime
 from typing import Any
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import urlsplit
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, field_validator
 
@@ -47,7 +47,8 @@ def moment(seconds: float) -> datetime:
 
 
 def shown_url(url: str) -> str:
-    """The URL without the values of its parameters, which may be secrets."""
+    """The URL without its fragment and the values of its parameters, which may be secrets."""
     parts = urlsplit(url)
-    names = [name for name, _ in parse_qsl(parts.query, keep_blank_values=True)]
-    return parts._replace(query="&".join(f"{name}=…" for name in names)).geturl()
+    given = [item.partition("=") for item in parts.query.split("&") if item]
+    query = "&".join(f"{name}=…" if sign else "…" for name, sign, _ in given)
+    return parts._replace(query=query, fragment="").geturl()

@@ -409,9 +409,9 @@ class AsyncWebhooks:
     async def delete(self, webhook_id: str) -> None:
         await self._dram.run(calls.delete_webhook(webhook_id))
 
-    async def replace_secret(self, webhook_id: str) -> Webhook:
-        """Make a new `secret`. For a day messages are signed with the old one, too."""
-        return await self._dram.run(calls.replace_webhook_secret(webhook_id))
+    async def replace_secret(self, webhook_id: str, *, overlap_s: float = 86400) -> Webhook:
+        """Make a new `secret`. For `overlap_s` messages are signed with the old one, too; 0: not any more."""
+        return await self._dram.run(calls.replace_webhook_secret(webhook_id, overlap_s))
 
     async def test(self, webhook_id: str) -> WebhookTest:
         """Send a message of type webhook.test now, and see what comes back."""

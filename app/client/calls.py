@@ -305,8 +305,8 @@ def delete_webhook(webhook_id: str) -> Flow[None]:
     yield Call("DELETE", f"/v1/webhooks/{webhook_id}")
 
 
-def replace_webhook_secret(webhook_id: str) -> Flow[Webhook]:
-    response = yield Call("POST", f"/v1/webhooks/{webhook_id}/secret")
+def replace_webhook_secret(webhook_id: str, overlap_s: float) -> Flow[Webhook]:
+    response = yield Call("POST", f"/v1/webhooks/{webhook_id}/secret", query={"overlap_s": overlap_s})
     return Webhook.model_validate(response.json())
 
 
@@ -321,7 +321,7 @@ def list_deliveries(webhook_id: str, limit: int | None, after: str | None) -> Fl
 
 def send_again(webhook_id: str, delivery_id: str) -> Flow[WebhookDelivery]:
     path = f"/v1/webhooks/{webhook_id}/deliveries/{delivery_id}/retry"
-    response = yield Call("POST", path, repeatable=True)
+    response = yield Call("POST", path)
     return WebhookDelivery.model_validate(response.json())
 
 

@@ -33,6 +33,7 @@ from app.jobs.tables import IdempotencyKey, Job, JobEvent, JobMetric, JobStage, 
 from app.paging import newest
 from app.security.principal import Principal
 from app.teachers import service as teachers
+from app.webhooks import outbox
 from app.wiring import Wiring
 from models.methods import METHODS
 from models.pipeline import canonical, digest
@@ -242,6 +243,7 @@ def delete(wiring: Wiring, principal: Principal, job_id: str) -> None:
             )
         for table in (JobEvent, JobMetric):
             session.execute(sa.delete(table).where(table.job_id == job_id))
+        outbox.forget(session, job_id)
         session.execute(sa.update(Shard).where(Shard.job_id == job_id).values(checkpoint=sa.null()))
         job.sources, job.deleted_at = {}, session.scalar(sa.select(now()))
 

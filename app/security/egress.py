@@ -197,15 +197,27 @@ class Egress:
         self._destination(url)
 
     def post(
-        self, url: str, body: bytes, headers: Mapping[str, str], *, timeout_s: float, max_bytes: int
+        self,
+        url: str,
+        body: bytes,
+        headers: Mapping[str, str],
+        *,
+        timeout_s: float,
+        max_bytes: int,
+        content: bool = True,
     ) -> Response:
-        """Sends `body` and reads the answer, both within `timeout_s`. A 3xx is an answer like another."""
+        """Sends `body` and reads the answer, both within `timeout_s`. A 3xx is an answer like another.
+
+        `content` False: the status and the headers are enough, and the rest is not waited for.
+        """
         until = time.monotonic() + timeout_s
         check_headers(headers)
         destination = self._destination(url)
         connection = self._idle_to(destination) or self._dialled(destination, until)
         try:
-            response, is_open = _exchange(connection, destination, body, headers, until, max_bytes)
+            response, is_open = _exchange(
+                connection, destination, body, headers, until, max_bytes if content else None
+            )
         except BaseException as error:
             connection.sock.close()
             if isinstance(error, TimeoutError):
@@ -361,9 +373,9 @@ def _exchange(
     body: bytes,
     headers: Mapping[str, str],
     until: float,
-    max_bytes: int,
+    max_bytes: int | None,
 ) -> tuple[Response, bool]:
-    """One request and its answer, and whether the connection can take another."""
+    """One request and its answer, and whether the connection can take another. `max_bytes` None: without content."""
     sock, talk = connection.sock, connection.talk
     own = {"Host": destination.authority, "Content-Length": str(len(body)), "Accept-Encoding": "identity"}
     request = h11.Request(method="POST", target=destination.target, headers=[*own.items(), *headers.items()])
@@ -385,9 +397,11 @@ def _exchange(
             talk.receive_data(data)
         elif isinstance(event, h11.Response):
             head = event
+            if max_bytes is None:
+                return Response(head.status_code, _decoded(head), b""), False
         elif isinstance(event, h11.Data):
             content += event.data
-            if len(content) > max_bytes:
+            if max_bytes is not None and len(content) > max_bytes:
                 raise TooLarge(
                     f"{destination.authority} answered more than {max_bytes} bytes", "Is this the right URL?"
                 )
@@ -399,8 +413,11 @@ def _exchange(
     is_open = is_open and talk.our_state is h11.DONE and talk.their_state is h11.DONE
     if is_open:
         talk.start_next_cycle()
-    answered = {name.decode("latin-1"): value.decode("latin-1") for name, value in head.headers}
-    return Response(head.status_code, answered, bytes(content)), is_open
+    return Response(head.status_code, _decoded(head), bytes(content)), is_open
+
+
+def _decoded(head: h11.Response) -> dict[str, str]:
+    return {name.decode("latin-1"): value.decode("latin-1") for name, value in head.headers}
 
 
 def _send(sock: socket.socket, content: bytes, until: float) -> None:

@@ -11,7 +11,7 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -23,7 +23,7 @@ from sqlalchemy.orm import Session
 from app.db import Database, now
 from app.errors import Unavailable
 from app.security.egress import Egress
-from app.webhooks import sending
+from app.webhooks import outbox, sending
 from app.webhooks.sending import GONE, Outcome
 from app.webhooks.tables import Webhook, WebhookDelivery
 from app.wiring import Wiring
@@ -37,6 +37,11 @@ _JITTER = 0.2
 _LONGEST_PAUSE_S = 86400.0
 #: Longer than an attempt can take: until then no other process takes the message.
 _CLAIM_S = 120.0
+#: So long an outcome is tried to be written down, within the claim.
+_RECORDING_S = 90.0
+_NOT_RECORDED = "What came of the last attempt could not be written down."
+#: Of these one is sent when it is due: it waits, or who sent it died.
+_OPEN = ("pending", "sending")
 _MOST, _MOST_OF_A_TENANT, _MOST_OF_A_WEBHOOK = 16, 4, 2
 _POLL_S = 1.0
 #: What is under way when the process is to end has so long to end, too.
@@ -56,25 +61,18 @@ class Claim:
 
 
 def claim(database: Database, under_way: Collection[Claim], most: int = _MOST) -> list[Claim]:
-    """Take up to `most` messages that are due, the longest due first. `under_way`: what this process sends already."""
-    with database.reading() as session:  # mostly there is nothing, and nobody is to wait for a write unit
-        if session.execute(_due(now(), under_way)).first() is None:
-            return []
-    claims: list[Claim] = []
-    with database.writing() as session:
+    """Take up to `most` messages that are due. `under_way`: what this process sends already.
+
+    They are chosen without a lock; the write unit only takes those that nobody else took meanwhile.
+    """
+    with database.reading() as session:
         clock = session.scalar(sa.select(now())) or 0.0
-        while len(claims) < most:
-            due = _due(clock, [*under_way, *claims])
-            row = session.execute(due.with_for_update(of=WebhookDelivery, skip_locked=True)).first()
-            if row is None:
-                break
-            delivery, webhook = row
-            delivery.attempts += 1
-            delivery.next_at = clock + _CLAIM_S
-            claims.append(
-                Claim(delivery.id, delivery.event, delivery.payload, webhook, clock, delivery.next_at)
-            )
-    return claims
+        chosen = _chosen(session, clock, under_way, most)
+    if not chosen:
+        return []
+    with database.writing() as session:
+        taken = [_taken(session, message, webhook, clock) for message, webhook in chosen]
+    return [held for held in taken if held is not None]
 
 
 def record(database: Database, held: Claim, outcome: Outcome) -> None:
@@ -87,40 +85,69 @@ def record(database: Database, held: Claim, outcome: Outcome) -> None:
             return
         clock = session.scalar(sa.select(now())) or 0.0
         row.http_status, row.reason = outcome.http_status, outcome.reason
+        if outcome.http_status == GONE:
+            outbox.disable(session, webhook, clock, outcome.reason)
         if not outcome.reason:
             row.status, row.next_at = "succeeded", None
-        elif outcome.http_status == GONE:
-            webhook.disabled_at = clock
-            _give_up(session, webhook.id, outcome.reason)
-        elif row.attempts > len(PAUSES_S):
+        elif webhook.disabled_at is not None or row.attempts > len(PAUSES_S):
             row.status, row.next_at = "failed", None
         else:
             pause = PAUSES_S[row.attempts - 1] * random.uniform(1 - _JITTER, 1 + _JITTER)
-            row.next_at = clock + min(max(pause, outcome.after_s), _LONGEST_PAUSE_S)
+            row.status, row.next_at = "pending", clock + min(max(pause, outcome.after_s), _LONGEST_PAUSE_S)
 
 
-def _due(clock: Any, under_way: Collection[Claim]) -> sa.Select[WebhookDelivery, Webhook]:
-    """The message that is due for longest, of tenants and webhooks that may have one more under way."""
-    tenants = Counter(held.webhook.tenant for held in under_way)
-    webhooks = Counter(held.webhook.id for held in under_way)
-    busy_tenants = [tenant for tenant, count in tenants.items() if count >= _MOST_OF_A_TENANT]
-    busy_webhooks = [webhook for webhook, count in webhooks.items() if count >= _MOST_OF_A_WEBHOOK]
-    return (
-        sa.select(WebhookDelivery, Webhook)
-        .join(Webhook, Webhook.id == WebhookDelivery.webhook_id)
-        .where(WebhookDelivery.status == "pending", WebhookDelivery.next_at <= clock)
-        .where(Webhook.disabled_at.is_(None), Webhook.tenant.not_in(busy_tenants))
-        .where(Webhook.id.not_in(busy_webhooks))
-        .order_by(WebhookDelivery.next_at)
-        .limit(1)
+def _chosen(
+    session: Session, clock: float, under_way: Collection[Claim], most: int
+) -> list[tuple[WebhookDelivery, Webhook]]:
+    """Messages that are due, one after the other for the tenant that has fewest under way, there the longest due."""
+    due = sa.and_(WebhookDelivery.status.in_(_OPEN), WebhookDelivery.next_at <= clock)
+    if session.scalar(sa.select(WebhookDelivery.id).where(due).limit(1)) is None:
+        return []
+    oldest = sa.select(sa.func.min(WebhookDelivery.next_at)).where(
+        WebhookDelivery.webhook_id == Webhook.id, due
     )
+    since = oldest.correlate(Webhook).scalar_subquery()
+    enabled = sa.select(Webhook, since).where(Webhook.disabled_at.is_(None))
+    waiting = {webhook: first for webhook, first in session.execute(enabled) if first is not None}
+    of_tenant = Counter(held.webhook.tenant for held in under_way)
+    of_webhook = Counter(held.webhook.id for held in under_way)
+    sent = [held.delivery_id for held in under_way]
+    rows: dict[Webhook, Iterator[WebhookDelivery]] = {}
+    chosen: list[tuple[WebhookDelivery, Webhook]] = []
+    while waiting and len(chosen) < most:
+        webhook = min(waiting, key=lambda each: (of_tenant[each.tenant], waiting[each]))
+        if webhook not in rows:
+            own = sa.select(WebhookDelivery).where(WebhookDelivery.webhook_id == webhook.id, due)
+            room = min(
+                _MOST_OF_A_WEBHOOK - of_webhook[webhook.id], _MOST_OF_A_TENANT - of_tenant[webhook.tenant]
+            )
+            few = (
+                own.where(WebhookDelivery.id.not_in(sent))
+                .order_by(WebhookDelivery.next_at)
+                .limit(max(room, 0))
+            )
+            rows[webhook] = iter(session.scalars(few).all())
+        message = next(rows[webhook], None)
+        if message is None or of_tenant[webhook.tenant] >= _MOST_OF_A_TENANT:
+            del waiting[webhook]
+            continue
+        of_tenant[webhook.tenant] += 1
+        chosen.append((message, webhook))
+    return chosen
 
 
-def _give_up(session: Session, webhook_id: str, reason: str) -> None:
-    """No more attempts for what waits to be sent to a webhook."""
-    pending = (WebhookDelivery.webhook_id == webhook_id) & (WebhookDelivery.status == "pending")
-    failed = {"status": "failed", "reason": reason, "next_at": None}
-    session.execute(sa.update(WebhookDelivery).where(pending).values(failed))
+def _taken(session: Session, message: WebhookDelivery, webhook: Webhook, clock: float) -> Claim | None:
+    """Claim a message by compare-and-set; None where another was faster, or there were attempts enough."""
+    until = clock + _CLAIM_S
+    sent: dict[str, Any] = {"status": "sending", "next_at": until, "attempts": message.attempts + 1}
+    ended = {"status": "failed", "next_at": None, "reason": _NOT_RECORDED}
+    is_last = message.attempts > len(PAUSES_S)
+    same = (WebhookDelivery.id == message.id) & (WebhookDelivery.next_at == message.next_at)
+    update = sa.update(WebhookDelivery).where(same, WebhookDelivery.status.in_(_OPEN))
+    changed = update.values(ended if is_last else sent).returning(WebhookDelivery.id)
+    if session.scalar(changed) is None or is_last:
+        return None
+    return Claim(message.id, message.event, message.payload, webhook, clock, until)
 
 
 class Courier:
@@ -162,17 +189,22 @@ class Courier:
         """Begin to send what is due, as far as there is room."""
         with self._lock:
             under_way = list(self._under_way)
-        if len(under_way) == _MOST:
+        if len(under_way) == _MOST or self._ending:
             return
         for held in claim(self._wiring.database, under_way, _MOST - len(under_way)):
             with self._lock:
                 self._under_way.add(held)
-            threading.Thread(target=self._deliver, args=(held,), daemon=True).start()
+            try:
+                threading.Thread(target=self._deliver, args=(held,), daemon=True).start()
+            except RuntimeError:  # no more threads: it is sent when its claim has ended
+                with self._lock:
+                    self._under_way.discard(held)
+                raise
 
     def _deliver(self, held: Claim) -> None:
         try:
             outcome = self._attempt(held)
-            record(self._wiring.database, held, outcome)
+            self._record(held, outcome)
             log.info(
                 "webhook_sent", webhook=held.webhook.id, message=held.delivery_id, event_type=held.event,
                 http_status=outcome.http_status, reason=outcome.reason,
@@ -183,6 +215,17 @@ class Courier:
             with self._lock:
                 self._under_way.discard(held)
             self._wake.set()
+
+    def _record(self, held: Claim, outcome: Outcome) -> None:
+        """Again and again while the database is away: what was received is not to be sent again."""
+        until = time.monotonic() + _RECORDING_S
+        while True:
+            try:
+                return record(self._wiring.database, held, outcome)
+            except sa.exc.SQLAlchemyError:
+                if self._ending or time.monotonic() > until:
+                    raise
+                time.sleep(_POLL_S)
 
     def _attempt(self, held: Claim) -> Outcome:
         try:

@@ -38,6 +38,25 @@ def write(session: Session, job: Job, event: str) -> None:
     )  # fmt: skip
 
 
+def disable(session: Session, webhook: Webhook, clock: float, reason: str) -> None:
+    """Its address wants no more: what waits for it is not sent. What is under way ends by itself."""
+    webhook.disabled_at = clock
+    give_up(session, WebhookDelivery.webhook_id == webhook.id, reason)
+
+
+def give_up(session: Session, which: sa.ColumnElement[bool], reason: str) -> None:
+    """No more attempts for those of these messages that wait."""
+    failed = {"status": "failed", "reason": reason, "next_at": None}
+    session.execute(
+        sa.update(WebhookDelivery).where(which, WebhookDelivery.status == "pending").values(failed)
+    )
+
+
+def forget(session: Session, job_id: str) -> None:
+    """Of a job that is deleted nothing more is told."""
+    session.execute(sa.delete(WebhookDelivery).where(WebhookDelivery.job_id == job_id))
+
+
 def timestamp(seconds: float) -> str:
     return moment(seconds).isoformat().replace("+00:00", "Z")
 

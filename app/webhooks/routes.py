@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Annotated
 
 import anyio
 import anyio.to_thread
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Query, Response
 
 from app.paging import Limit, Page
 from app.problem import documented
@@ -22,15 +23,27 @@ router = APIRouter(prefix="/v1/webhooks", tags=["webhooks"])
 
 Reader = Annotated[Principal, allowed("webhooks:read")]
 Writer = Annotated[Principal, allowed("webhooks:write")]
+Overlap = Annotated[
+    float,
+    Query(
+        ge=0, le=86400, description="So long, in seconds, the old secret signs, too. 0: it is out at once."
+    ),
+]
 
-#: Addresses that this process looks up or asks at the same time; others wait.
-_ASKING = anyio.CapacityLimiter(16)
+#: What is looked up or asked for one tenant at the same time, by each gateway process; more waits.
+_MOST_AT_ONCE = 4
+
+
+@cache
+def _room(tenant: str) -> anyio.CapacityLimiter:
+    return anyio.CapacityLimiter(_MOST_AT_ONCE)
 
 
 @router.post("", status_code=201, responses=documented(409, 503))
 async def create(order: WebhookOrder, wiring: Wired, principal: Writer, response: Response) -> NewSecret:
     """Be told of events of your jobs. The answer is the only place where the signing secret ever appears."""
-    issued = await anyio.to_thread.run_sync(service.create, wiring, principal, order, limiter=_ASKING)
+    room = _room(principal.tenant)
+    issued = await anyio.to_thread.run_sync(service.create, wiring, principal, order, limiter=room)
     response.headers["Location"] = f"/v1/webhooks/{issued.webhook.id}"
     return _with_secret(issued)
 
@@ -58,15 +71,18 @@ def delete(webhook_id: str, wiring: Wired, principal: Writer) -> None:
 
 
 @router.post("/{webhook_id}/secret", responses=documented(404, 503))
-def replace_secret(webhook_id: str, wiring: Wired, principal: Writer) -> NewSecret:
-    """Make a new secret. For a day messages carry two signatures, of the new and of the old one."""
-    return _with_secret(service.replace_secret(wiring, principal, webhook_id))
+def replace_secret(
+    webhook_id: str, wiring: Wired, principal: Writer, overlap_s: Overlap = 86400
+) -> NewSecret:
+    """Make a new secret. For a while messages carry a signature of the old one, too."""
+    return _with_secret(service.replace_secret(wiring, principal, webhook_id, overlap_s))
 
 
 @router.post("/{webhook_id}/test", responses=documented(404, 503))
 async def try_out(webhook_id: str, wiring: Wired, principal: Writer) -> WebhookTestAnswer:
     """Send a message of type `webhook.test` now, once, and say what came back."""
-    outcome = await anyio.to_thread.run_sync(service.try_out, wiring, principal, webhook_id, limiter=_ASKING)
+    room = _room(principal.tenant)
+    outcome = await anyio.to_thread.run_sync(service.try_out, wiring, principal, webhook_id, limiter=room)
     return WebhookTestAnswer(
         object="webhook_test",
         webhook_id=webhook_id,
@@ -93,7 +109,8 @@ def send_again(webhook_id: str, delivery_id: str, wiring: Wired, principal: Writ
 
 
 def _answer(webhook: Webhook) -> WebhookAnswer:
-    shown = {"object": "webhook", "url": shown_url(webhook.url)}
+    until = max(webhook.old_secrets.values(), default=None)
+    shown = {"object": "webhook", "url": shown_url(webhook.url), "old_secret_until": until}
     return WebhookAnswer.model_validate({**vars(webhook), **shown})
 
 

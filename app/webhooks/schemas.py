@@ -31,7 +31,7 @@ class WebhookAnswer(Answer):
     url: str = Field(description="The values of its parameters left out.")
     events: list[Event]
     old_secret_until: Time | None = Field(
-        description="Until then messages are signed with the secret before, too; null: there is none."
+        description="Until then messages are signed with a secret before this, too; null: there was none."
     )
     disabled_at: Time | None = Field(
         description="When its address answered 410 Gone: since then nothing is sent. A test that is answered with a "
@@ -62,9 +62,11 @@ class DeliveryAnswer(Answer):
     webhook_id: str
     job_id: str
     event: Event
-    status: Literal["pending", "succeeded", "failed"]
+    status: Literal["pending", "sending", "succeeded", "failed"]
     attempts: int
-    next_attempt_at: Time | None = Field(description="null: there will be none.")
+    next_attempt_at: Time | None = Field(
+        description="null: there will be none. While it is being sent: if the service does not live to see the answer."
+    )
     http_status: int | None = Field(description="Of the last attempt; null: there was no answer.")
     reason: str = Field(description="Why the last attempt failed, else empty.")
     created_at: Time

@@ -9,10 +9,12 @@ import base64
 import hmac
 import json
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from app.errors import Unavailable
 from app.security.egress import Egress
 from app.security.secretbox import SecretBox
 from app.settings import Settings
@@ -22,9 +24,8 @@ from models.teachers.http_endpoint import seconds_to_wait
 
 _PREFIX = "whsec_"
 _SECRET_BYTES = 32
-#: For the whole exchange, from connecting to the answer's last byte.
+#: From connecting to the answer's head; what it says besides is not read.
 _TIMEOUT_S = 15.0
-_MOST_ANSWER_BYTES = 64 * 1024
 GONE = 410
 
 
@@ -42,11 +43,21 @@ def new_secret() -> str:
 
 
 def open_secrets(settings: Settings, webhook: Webhook, clock: float) -> list[str]:
-    """The secrets to sign with now, the newest first. Raises `Unavailable` where they cannot be opened."""
-    is_old_used = webhook.old_secret is not None and (webhook.old_secret_until or 0.0) > clock
-    sealed = [webhook.secret, *([webhook.old_secret] if is_old_used else [])]
+    """The secrets to sign with now, the newest first; of those before it, the ones that can be opened.
+
+    Raises `Unavailable` where the newest cannot.
+    """
     box = SecretBox.opening(settings)
-    return [box.open(text, webhook.id).decode() for text in sealed if text is not None]
+    opened = [box.open(webhook.secret, webhook.id).decode()]
+    for sealed in valid(webhook.old_secrets, clock):
+        with suppress(Unavailable):  # of a key that the service has lost
+            opened.append(box.open(sealed, webhook.id).decode())
+    return opened
+
+
+def valid(old_secrets: Mapping[str, float], clock: float) -> dict[str, float]:
+    """Those that still sign, with the moment until which they do."""
+    return {sealed: until for sealed, until in old_secrets.items() if until > clock}
 
 
 def signature(secret: str, message_id: str, timestamp: int, body: bytes) -> str:
@@ -73,7 +84,7 @@ def send(
         "webhook-signature": " ".join(signature(key, message_id, timestamp, body) for key in keys),
     }
     try:
-        answer = egress.post(url, body, headers, timeout_s=_TIMEOUT_S, max_bytes=_MOST_ANSWER_BYTES)
+        answer = egress.post(url, body, headers, timeout_s=_TIMEOUT_S, max_bytes=0, content=False)
     except Unreachable as error:
         return Outcome(None, told(error))
     finally:

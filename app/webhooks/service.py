@@ -16,7 +16,7 @@ from app.security.principal import Principal
 from app.security.secretbox import SecretBox
 from app.webhooks import outbox, sending
 from app.webhooks.schemas import WebhookOrder
-from app.webhooks.sending import Outcome
+from app.webhooks.sending import GONE, Outcome
 from app.webhooks.tables import Webhook, WebhookDelivery
 from app.wiring import Wiring
 from models.errors import Unreachable
@@ -24,8 +24,7 @@ from models.errors import Unreachable
 log = structlog.get_logger()
 
 MOST_WEBHOOKS = 20
-#: So long are messages signed with the secret before, too.
-OVERLAP_S = 86400.0
+_MOST_OLD_SECRETS = 4
 
 
 @dataclass(frozen=True)
@@ -48,8 +47,7 @@ def create(wiring: Wiring, principal: Principal, order: WebhookOrder) -> Issued:
         url=order.url,
         events=sorted(set(order.events)),
         secret=_sealed(wiring, secret, webhook_id),
-        old_secret=None,
-        old_secret_until=None,
+        old_secrets={},
         disabled_at=None,
     )
     with wiring.database.writing() as session:
@@ -87,20 +85,23 @@ def delete(wiring: Wiring, principal: Principal, webhook_id: str) -> None:
     log.info("webhook_deleted", webhook=webhook_id)
 
 
-def replace_secret(wiring: Wiring, principal: Principal, webhook_id: str) -> Issued:
-    """A new secret; for a day messages are signed with the old one, too."""
+def replace_secret(wiring: Wiring, principal: Principal, webhook_id: str, overlap_s: float) -> Issued:
+    """A new secret; for `overlap_s` messages are signed with the old one, too. 0: with none but the new one at once."""
     secret = sending.new_secret()
     sealed = _sealed(wiring, secret, webhook_id)
     with wiring.database.writing() as session:
         webhook = lock(session, principal, webhook_id)
-        webhook.old_secret, webhook.secret = webhook.secret, sealed
-        webhook.old_secret_until = (session.scalar(sa.select(now())) or 0.0) + OVERLAP_S
+        clock = session.scalar(sa.select(now())) or 0.0
+        signing = sending.valid({**webhook.old_secrets, webhook.secret: clock + overlap_s}, clock)
+        newest = sorted(signing, key=signing.__getitem__)[-_MOST_OLD_SECRETS:] if overlap_s else []
+        webhook.old_secrets = {old: signing[old] for old in newest}
+        webhook.secret = sealed
     log.info("webhook_secret_replaced", webhook=webhook_id)
     return Issued(webhook, secret)
 
 
 def try_out(wiring: Wiring, principal: Principal, webhook_id: str) -> Outcome:
-    """Send a message of type `webhook.test` now. One that is received enables a disabled webhook again."""
+    """Send a message of type `webhook.test` now. One that is received enables a disabled webhook; 410 disables it."""
     with wiring.database.reading() as session:
         webhook = get(session, principal, webhook_id)
         clock = session.scalar(sa.select(now())) or 0.0
@@ -112,9 +113,13 @@ def try_out(wiring: Wiring, principal: Principal, webhook_id: str) -> Outcome:
     keys = sending.open_secrets(wiring.settings, webhook, clock)
     egress = Egress(wiring.settings.egress_allow)
     outcome = sending.send(egress, webhook.url, keys, ids.new("msg"), payload, clock)
-    if not outcome.reason and webhook.disabled_at is not None:
+    gone = outcome.http_status == GONE
+    if gone or (not outcome.reason and webhook.disabled_at is not None):
         with wiring.database.writing() as session:
-            lock(session, principal, webhook_id).disabled_at = None
+            webhook = lock(session, principal, webhook_id)
+            webhook.disabled_at = None
+            if gone:
+                outbox.disable(session, webhook, clock, outcome.reason)
     return outcome
 
 
@@ -128,7 +133,8 @@ def deliveries(
 
 
 def send_again(wiring: Wiring, principal: Principal, webhook_id: str, delivery_id: str) -> WebhookDelivery:
-    """Begin a message's attempts anew, whatever came of it. Raises `NotFound`, and `Conflict` while disabled."""
+    """Begin a message's attempts anew, whatever came of it. Raises `NotFound`, and `Conflict` while the webhook is
+    disabled or the message under way."""
     with wiring.database.writing() as session:
         webhook = lock(session, principal, webhook_id)
         same = (WebhookDelivery.webhook_id == webhook_id) & (WebhookDelivery.id == delivery_id)
@@ -144,7 +150,14 @@ def send_again(wiring: Wiring, principal: Principal, webhook_id: str, delivery_i
                 f"POST /v1/webhooks/{webhook_id}/test enables it again where the answer is 2xx.",
                 code="webhook_disabled",
             )
-        row.status, row.attempts, row.next_at = "pending", 0, session.scalar(sa.select(now()))
+        clock = session.scalar(sa.select(now())) or 0.0
+        if row.status == "sending" and (row.next_at or 0.0) > clock:
+            raise Conflict(
+                f"Message '{delivery_id}' is being sent just now. "
+                f"GET /v1/webhooks/{webhook_id}/deliveries says what comes of it.",
+                code="message_under_way",
+            )
+        row.status, row.attempts, row.next_at = "pending", 0, clock
         row.http_status, row.reason = None, ""
     return row
 

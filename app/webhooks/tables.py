@@ -18,9 +18,8 @@ class Webhook(Base):
     title: Mapped[str]
     url: Mapped[str]
     events: Mapped[list[Any]]
-    secret: Mapped[str]  # sealed by app.security.secretbox, as is the one before it
-    old_secret: Mapped[str | None]
-    old_secret_until: Mapped[float | None]
+    secret: Mapped[str]  # sealed by app.security.secretbox, as are those before it
+    old_secrets: Mapped[dict[str, Any]]  # which sign, too -> until when
     disabled_at: Mapped[float | None]  # its address answered 410 Gone
     created_at: Mapped[float] = mapped_column(default=now())
 
@@ -33,14 +32,17 @@ class WebhookDelivery(Base):
     """
 
     __tablename__ = "webhook_deliveries"
-    __table_args__ = (sa.Index("ix_webhook_deliveries_status_next_at", "status", "next_at"),)
+    __table_args__ = (
+        sa.Index("ix_webhook_deliveries_status_next_at", "status", "next_at"),
+        sa.Index("ix_webhook_deliveries_webhook_id_status_next_at", "webhook_id", "status", "next_at"),
+    )
 
     id: Mapped[str] = mapped_column(primary_key=True)
-    webhook_id: Mapped[str] = mapped_column(index=True)
-    job_id: Mapped[str]
+    webhook_id: Mapped[str]
+    job_id: Mapped[str] = mapped_column(index=True)
     event: Mapped[str]
     payload: Mapped[dict[str, Any]]
-    status: Mapped[str] = mapped_column(default="pending")  # pending, succeeded, failed
+    status: Mapped[str] = mapped_column(default="pending")  # pending, sending, succeeded, failed
     attempts: Mapped[int] = mapped_column(default=0)
     #: When it may be sent; while it is being sent, when another process may take it. None: no more.
     next_at: Mapped[float | None]

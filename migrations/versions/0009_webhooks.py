@@ -23,8 +23,7 @@ def upgrade() -> None:
         sa.Column("url", sa.String(), nullable=False),
         sa.Column("events", sa.JSON(), nullable=False),
         sa.Column("secret", sa.String(), nullable=False),
-        sa.Column("old_secret", sa.String(), nullable=True),
-        sa.Column("old_secret_until", sa.Double(), nullable=True),
+        sa.Column("old_secrets", sa.JSON(), nullable=False),
         sa.Column("disabled_at", sa.Double(), nullable=True),
         sa.Column("created_at", sa.Double(), nullable=False),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_webhooks")),
@@ -45,8 +44,11 @@ def upgrade() -> None:
         sa.Column("created_at", sa.Double(), nullable=False),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_webhook_deliveries")),
     )
-    op.create_index(op.f("ix_webhook_deliveries_webhook_id"), "webhook_deliveries", ["webhook_id"])
+    op.create_index(op.f("ix_webhook_deliveries_job_id"), "webhook_deliveries", ["job_id"])
     op.create_index("ix_webhook_deliveries_status_next_at", "webhook_deliveries", ["status", "next_at"])
+    op.create_index(
+        "ix_webhook_deliveries_webhook_id_status_next_at", "webhook_deliveries", ["webhook_id", "status", "next_at"]
+    )
 
 
 def downgrade() -> None:

@@ -15,6 +15,7 @@ import sqlalchemy as sa
 import structlog
 from pydantic import SecretStr
 from standardwebhooks import Webhook as Verifier
+from standardwebhooks import WebhookVerificationError
 
 from app import ids
 from app.client import AsyncDram, Dram, DramApiError
@@ -22,7 +23,7 @@ from app.settings import Settings
 from app.webhooks.service import MOST_WEBHOOKS
 from app.webhooks.tables import Webhook, WebhookDelivery
 from app.wiring import Wiring
-from tests.unit.http_server import Server, serving
+from tests.unit.http_server import Asked, Server, serving
 
 if TYPE_CHECKING:
     from tests.conftest import Gateway
@@ -172,10 +173,10 @@ def test_a_tenant_has_a_greatest_number_of_webhooks(
 
 @ONCE
 def test_parameters_of_an_address_are_sent_but_not_shown(client: httpx.Client, receiver: Server) -> None:
-    webhook = made(client, f"{receiver.url}?team=bolts&token=t0ken")
-    assert webhook["url"] == f"{receiver.url}?team=…&token=…"
+    webhook = made(client, f"{receiver.url}?team=bolts&token=t0ken&s3cret#h1dden")
+    assert webhook["url"] == f"{receiver.url}?team=…&token=…&…"
     client.post(f"/v1/webhooks/{webhook['id']}/test")
-    assert receiver.asked[0].path == "/predict?team=bolts&token=t0ken"
+    assert receiver.asked[0].path == "/predict?team=bolts&token=t0ken&s3cret"
 
 
 def test_a_test_is_sent_at_once_and_what_comes_back_is_told(client: httpx.Client, receiver: Server) -> None:
@@ -208,13 +209,47 @@ def test_a_new_secret_signs_at_once_and_the_old_one_for_a_day(
     assert new["old_secret_until"] is not None
     client.post(f"{url}/test")
     with wiring.database.writing() as session:
-        session.execute(sa.update(Webhook).values(old_secret_until=1.0))
+        row = session.get_one(Webhook, old["id"])
+        row.old_secrets = dict.fromkeys(row.old_secrets, 1.0)
     client.post(f"{url}/test")
     during, afterwards = ([*asked.headers["webhook-signature"].split()] for asked in receiver.asked)
     assert (len(during), len(afterwards)) == (2, 1)
     for secret in (old["secret"], new["secret"]):
         Verifier(secret).verify(receiver.asked[0].body, dict(receiver.asked[0].headers))
     Verifier(new["secret"]).verify(receiver.asked[1].body, dict(receiver.asked[1].headers))
+
+
+def signing(asked: Asked, *secrets: str) -> list[bool]:
+    """Whether each of the secrets has signed."""
+    found = []
+    for secret in secrets:
+        try:
+            Verifier(secret).verify(asked.body, dict(asked.headers))
+            found.append(True)
+        except WebhookVerificationError:
+            found.append(False)
+    return found
+
+
+@ONCE
+def test_a_secret_replaced_twice_still_signs_unless_it_is_to_be_out(
+    client: httpx.Client, receiver: Server, wiring: Wiring
+) -> None:
+    webhook = made(client, receiver.url)
+    url = f"/v1/webhooks/{webhook['id']}"
+    second, third = (client.post(f"{url}/secret").json()["secret"] for _ in range(2))
+    client.post(f"{url}/test")
+    assert signing(receiver.asked[-1], webhook["secret"], second, third) == [True] * 3
+    with wiring.database.writing() as session:  # sealed by a key that was lost
+        row = session.get_one(Webhook, webhook["id"])
+        row.old_secrets = {f"lost{sealed}": until for sealed, until in row.old_secrets.items()}
+    assert client.post(f"{url}/test").json()["ok"]
+    assert signing(receiver.asked[-1], second, third) == [False, True]
+    last = client.post(f"{url}/secret?overlap_s=0").json()
+    assert last["old_secret_until"] is None
+    client.post(f"{url}/test")
+    assert signing(receiver.asked[-1], third, last["secret"]) == [False, True]
+    assert client.post(f"{url}/secret?overlap_s=-1").status_code == 422
 
 
 def test_messages_are_listed_with_what_became_of_them_and_sent_again(
@@ -238,6 +273,11 @@ def test_messages_are_listed_with_what_became_of_them_and_sent_again(
     assert (again.json()["http_status"], again.json()["reason"]) == (None, "")
     assert again.json()["next_attempt_at"] < "2096"
     assert client.post(f"{url}/msg_none/retry").status_code == 404
+    under_way = add_message(wiring, own, status="sending", next_at=4e9)
+    refused = client.post(f"{url}/{under_way}/retry")
+    assert (refused.status_code, refused.json()["code"]) == (409, "message_under_way")
+    left_behind = add_message(wiring, own, status="sending", next_at=1.0)
+    assert client.post(f"{url}/{left_behind}/retry").status_code == 202
 
 
 def test_a_disabled_webhook_is_enabled_by_a_test_that_arrives(
@@ -257,6 +297,11 @@ def test_a_disabled_webhook_is_enabled_by_a_test_that_arrives(
     client.post(f"{url}/test")
     assert client.get(url).json()["disabled_at"] is None
     assert client.post(f"{url}/deliveries/{message}/retry").status_code == 202
+    receiver.behave = lambda exchange, asked: exchange.say(410, b"")
+    assert "disabled" in client.post(f"{url}/test").json()["reason"]
+    assert client.get(url).json()["disabled_at"] is not None
+    (ended,) = client.get(f"{url}/deliveries").json()["data"]
+    assert (ended["status"], ended["next_attempt_at"]) == ("failed", None)
 
 
 @ONCE

@@ -23,6 +23,7 @@ from standardwebhooks import Webhook as Verifier
 
 from app import ids, retention
 from app.jobs import claims, lifecycle
+from app.jobs import service as jobs
 from app.jobs.lifecycle import JobError
 from app.jobs.tables import JobEvent
 from app.security.principal import Principal
@@ -92,8 +93,8 @@ def only(wiring: Wiring) -> WebhookDelivery:
 
 def make_due(wiring: Wiring) -> None:
     with wiring.database.writing() as session:
-        pending = WebhookDelivery.status == "pending"
-        session.execute(sa.update(WebhookDelivery).where(pending).values(next_at=1.0))
+        open_ = WebhookDelivery.status.in_(("pending", "sending"))
+        session.execute(sa.update(WebhookDelivery).where(open_).values(next_at=1.0))
 
 
 def taken(wiring: Wiring) -> list[Claim]:
@@ -211,6 +212,7 @@ def test_attempts_follow_the_schedule_for_a_day_and_end_with_a_reason(
     while only(wiring).status == "pending":
         make_due(wiring)
         (held,) = taken(wiring)
+        assert only(wiring).status == "sending"
         delivery.record(wiring.database, held, REFUSED)
         if (until := only(wiring).next_at) is not None:
             pauses.append(until - time.time())
@@ -294,6 +296,76 @@ def test_what_is_deleted_while_it_is_sent_is_gone_and_harms_nobody(wiring: Wirin
     assert taken(wiring) == []
 
 
+def test_a_message_received_while_its_webhook_was_disabled_counts_and_one_refused_then_is_the_last(
+    wiring: Wiring, receiver: Server
+) -> None:
+    fill(wiring, subscribe(wiring, receiver.url).webhook, 2)
+    first, second = taken(wiring)
+    with wiring.database.writing() as session:
+        session.execute(sa.update(Webhook).values(disabled_at=1.0))
+    delivery.record(wiring.database, first, Outcome(200, ""))
+    delivery.record(wiring.database, second, REFUSED)
+    by_id = {message.id: message for message in messages(wiring)}
+    assert (by_id[first.delivery_id].status, by_id[second.delivery_id].status) == ("succeeded", "failed")
+
+
+@ONCE
+def test_what_was_written_for_a_webhook_while_it_was_disabled_ends_with_the_next_sweep(
+    wiring: Wiring, receiver: Server
+) -> None:
+    webhook = subscribe(wiring, receiver.url).webhook
+    with wiring.database.writing() as session:
+        session.execute(sa.update(Webhook).values(disabled_at=1.0))
+    fill(wiring, webhook, 1)
+    assert taken(wiring) == []
+    retention.sweep(wiring)
+    assert (only(wiring).status, only(wiring).reason) == ("failed", "The webhook is disabled.")
+
+
+@ONCE
+def test_messages_about_a_job_go_with_it(wiring: Wiring, receiver: Server) -> None:
+    subscribe(wiring, receiver.url)
+    job_id, other = cancelled(wiring), cancelled(wiring)
+    jobs.delete(wiring, Principal("t", frozenset()), job_id)
+    assert [message.job_id for message in messages(wiring)] == [other]
+
+
+@ONCE
+def test_an_outcome_is_written_down_when_the_database_is_back(
+    wiring: Wiring, receiver: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subscribe(wiring, receiver.url)
+    cancelled(wiring)
+    failures = [sa.exc.OperationalError("", {}, Exception("away"))] * 2
+    write = delivery.record
+
+    def failing(*about: Any) -> None:
+        if failures:
+            raise failures.pop()
+        write(*about)
+
+    monkeypatch.setattr(delivery, "_POLL_S", 0.05)
+    monkeypatch.setattr(delivery, "record", failing)
+    with Courier(wiring):
+        eventually(lambda: only(wiring).status == "succeeded", "the outcome")
+    assert (len(receiver.asked), failures) == (1, [])
+
+
+@ONCE
+def test_a_message_whose_outcomes_are_never_written_down_is_not_sent_for_ever(
+    wiring: Wiring, receiver: Server
+) -> None:
+    subscribe(wiring, receiver.url)
+    cancelled(wiring)
+    attempts = 0
+    while taken(wiring):
+        attempts += 1
+        assert attempts <= 8
+        make_due(wiring)
+    assert (attempts, only(wiring).status) == (8, "failed")
+    assert "could not be written down" in only(wiring).reason
+
+
 # ---- who waits for whom ---------------------------------------------------------------------------------------
 
 
@@ -337,6 +409,22 @@ def test_a_tenant_whose_addresses_hang_delays_no_other(wiring: Wiring) -> None:
 
 
 @ONCE
+def test_the_next_free_place_is_of_the_tenant_that_has_none(wiring: Wiring, receiver: Server) -> None:
+    for tenant in "abcd":
+        for _ in range(2):
+            fill(wiring, subscribe(wiring, receiver.url, tenant=tenant).webhook, 10)
+    under_way = taken(wiring)
+    assert Counter(held.webhook.tenant for held in under_way) == dict.fromkeys("abcd", 4)
+    late = subscribe(wiring, receiver.url, tenant="e").webhook
+    fill(wiring, late, 1)
+    with wiring.database.writing() as session:  # the others wait for longer
+        mine = WebhookDelivery.webhook_id == late.id
+        session.execute(sa.update(WebhookDelivery).where(mine).values(next_at=2.0))
+    (held,) = delivery.claim(wiring.database, under_way[1:], 1)
+    assert held.webhook.tenant == "e"
+
+
+@ONCE
 def test_the_maintenance_process_sends_and_takes_back_leases_while_an_address_hangs(
     wiring: Wiring, receiver: Server, tmp_path: Path
 ) -> None:
@@ -358,7 +446,7 @@ def test_the_maintenance_process_sends_and_takes_back_leases_while_an_address_ha
         eventually(lambda: len(receiver.asked) == 1, "the first message")
         late = submit_to(wiring, deadline_at=time.time() - 1)
         eventually(lambda: status_of(wiring, late) == "cancelled", "a round of the loop")
-        assert [message.status for message in messages(wiring)] == ["pending", "pending"]
+        assert sorted(message.status for message in messages(wiring)) == ["pending", "sending"]
         released.set()
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
