@@ -70,6 +70,7 @@ def claim(database: Database, under_way: Collection[Claim], most: int = _MOST) -
         chosen = _chosen(session, clock, under_way, most)
     if not chosen:
         return []
+    chosen.sort(key=lambda pair: pair[0].id)  # all processes lock rows in one order
     with database.writing() as session:
         taken = [_taken(session, message, webhook, clock) for message, webhook in chosen]
     return [held for held in taken if held is not None]
