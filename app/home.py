@@ -42,7 +42,9 @@ class Home:
                 try:
                     fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 except BlockingIOError:
-                    return _read(file.read())
+                    found = _read(file.read())
+                    # Who just took the lock has not yet wiped out what one that was killed has left.
+                    return found if _lives(found.pid) else Running(0, "")
         except FileNotFoundError:
             pass
         return None
@@ -98,6 +100,16 @@ class Claim:
     def announce(self, url: str) -> None:
         os.ftruncate(self._handle, 0)
         os.pwrite(self._handle, json.dumps({"pid": os.getpid(), "url": url}).encode(), 0)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except PermissionError:  # of another user
+        return True
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def _read(text: str) -> Running:
