@@ -21,7 +21,7 @@ def test_who_holds_the_folder_says_where_it_is_and_keeps_others_out(tmp_path: Pa
         assert home.running() == Running(os.getpid(), "")
         claim.announce("http://127.0.0.1:1")
         assert home.running() == Running(os.getpid(), "http://127.0.0.1:1")
-        with pytest.raises(AlreadyRunning, match="at http://127.0.0.1:1"), home.claimed():
+        with pytest.raises(AlreadyRunning, match=r"at http://127\.0\.0\.1:1"), home.claimed():
             pass
     assert home.running() is None
 
