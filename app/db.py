@@ -61,6 +61,11 @@ def _now_postgresql(element: now, compiler: Any, **options: Any) -> str:
     return "EXTRACT(EPOCH FROM clock_timestamp())::float8"
 
 
+def read_clock(session: orm.Session) -> float:
+    """Seconds since 1970 by the database's clock, now."""
+    return session.execute(sa.select(now())).scalar_one()
+
+
 class Database:
     """One engine. Make it after a fork, never before."""
 

@@ -122,8 +122,7 @@ def check_counts(
     for name in classes:
         if shots[name] < fewest_shots(settings, tested):
             images = "1 usable image" if shots[name] == 1 else f"{shots[name]} usable images"
-            needed = too_few(settings, tested)
-            detail = f"Class '{name}' has {images}; {needed}. Add some, or remove {name}/."
+            detail = f"Class '{name}' has {images}; {too_few(settings, tested)}. Add some, or remove {name}/."
             findings.faults.append(Finding("too_few_shots", class_pointer(name), detail))
         elif shots[name] > settings.max_shots:
             detail = (

@@ -18,7 +18,7 @@ from app.datasets.intake import Verified
 from app.datasets.layout import Split
 from app.datasets.members import Upload
 from app.datasets.tables import Dataset, DatasetImage
-from app.db import now, owned
+from app.db import owned, read_clock
 from app.errors import Finding, Invalid, NotFound
 from app.security.principal import Principal
 from app.storage import digest_of
@@ -111,7 +111,7 @@ def image_file(
 def delete(wiring: Wiring, principal: Principal, dataset_id: str) -> None:
     """Take it out of sight. Jobs that use it keep its blobs until they are let go of (`app.retention`)."""
     with wiring.database.writing() as session:
-        get(session, principal, dataset_id).deleted_at = session.scalar(sa.select(now()))
+        get(session, principal, dataset_id).deleted_at = read_clock(session)
 
 
 def _checked_name(name: str) -> str:

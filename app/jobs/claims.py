@@ -14,7 +14,7 @@ from typing import Any, Literal
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
-from app.db import now, upsert
+from app.db import now, read_clock, upsert
 from app.jobs import lifecycle
 from app.jobs.lifecycle import JobError, Ready
 from app.jobs.tables import Job, JobMetric, JobStage, Shard, StageOutput
@@ -83,7 +83,7 @@ def claim(
         lifecycle.fail_job(session, job, error, stage)
         return None, []
     lifecycle.mark_running(session, job, stage)
-    clock = session.scalar(sa.select(now())) or 0.0
+    clock = read_clock(session)
     shard.status, shard.worker = "running", worker
     shard.epoch += 1
     shard.attempt += 1
@@ -102,7 +102,7 @@ def renew(
     `alive`: the stage has said something since the last renewal, be it that it still waits at this step.
     """
     job, stage, shard = holding(session, held)
-    clock = session.scalar(sa.select(now())) or 0.0
+    clock = read_clock(session)
     shard.lease_until = clock + settings.lease_ttl_s
     moved = False
     if step is not None and step != shard.step:
@@ -169,7 +169,7 @@ def fail(session: Session, held: Claim, error: JobError, settings: Settings) -> 
     if may_help and shard.attempt < settings.max_attempts and job.status != "cancelling":
         lifecycle.try_again(session, job, stage, shard, error.detail)
         pause = max(settings.reap_s * shard.attempt, error.after_s)
-        shard.ready_at = (session.scalar(sa.select(now())) or 0.0) + pause
+        shard.ready_at = read_clock(session) + pause
         return []
     shard.status, shard.lease_until = "failed", None
     lifecycle.fail_job(session, job, error, stage)

@@ -15,7 +15,7 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from app import ids
-from app.db import now
+from app.db import now, read_clock
 from app.jobs import events
 from app.jobs.tables import Job, JobStage, Shard, StageOutput
 from app.students.tables import Student
@@ -69,7 +69,7 @@ def move(session: Session, job: Job, status: str) -> None:
         raise ValueError(f"job {job.id} cannot go from {job.status} to {status}")
     job.status = status
     if status in FINISHED:
-        job.finished_at = session.scalar(sa.select(now()))
+        job.finished_at = read_clock(session)
 
 
 # ---- what users and the maintenance loop ask for --------------------------------------------------------------
@@ -122,7 +122,7 @@ def retry(session: Session, job: Job) -> list[Ready]:
 
 def mark_running(session: Session, job: Job, stage: JobStage) -> None:
     """A shard of the stage is being worked on, so the stage runs, and the job."""
-    clock = session.scalar(sa.select(now()))
+    clock = read_clock(session)
     if job.status == "queued":
         move(session, job, "running")
         job.started_at = job.started_at or clock
@@ -165,7 +165,7 @@ def shard_done(session: Session, job: Job, stage: JobStage, shard: Shard) -> lis
     states = set(session.scalars(sa.select(Shard.status).where(Shard.stage_id == stage.id)))
     if states <= DONE:
         stage.status = "reused" if states == {"reused"} else "succeeded"
-        stage.finished_at = session.scalar(sa.select(now()))
+        stage.finished_at = read_clock(session)
         events.append(session, job, f"stage.{stage.status}", stage=stage.name)
     roll_up(session, job, stage)
     if stage.status not in DONE:
@@ -190,7 +190,7 @@ def try_again(session: Session, job: Job, stage: JobStage, shard: Shard, why: st
 
 def make_ready(session: Session, shards: Iterable[Shard]) -> None:
     """From now on a worker may claim these shards, and they are rung for again from the start."""
-    clock = session.scalar(sa.select(now()))
+    clock = read_clock(session)
     for shard in shards:
         shard.status, shard.lease_until, shard.worker = "ready", None, None
         shard.ready_at, shard.rung_at, shard.rings = clock, clock, 0
@@ -200,7 +200,7 @@ def fail_job(session: Session, job: Job, error: JobError, stage: JobStage) -> No
     """End the job as failed: its other shards are cancelled; workers that hold one find their lease lost."""
     job.error = {"code": error.code, "detail": error.detail, "stage": stage.name, "hint": error.hint,
                  "retryable": error.retryable}  # fmt: skip
-    stage.status, stage.finished_at = "failed", session.scalar(sa.select(now()))
+    stage.status, stage.finished_at = "failed", read_clock(session)
     session.flush()
     unfinished = Shard.status.in_(("waiting", "ready", "running"))
     lost = {"status": "cancelled", "lease_until": None, "epoch": Shard.epoch + 1}

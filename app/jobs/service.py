@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from app import ids
-from app.db import now, owned, owned_rows, upsert
+from app.db import now, owned, owned_rows, read_clock, upsert
 from app.errors import Conflict, Gone, Invalid, NotFound, TooMany
 from app.jobs import events, lifecycle, ordering, plan
 from app.jobs.lifecycle import Ready
@@ -90,7 +90,7 @@ def submit(
             params=choice.params.model_dump(mode="json"), seed=order.seed, labels=order.metadata,
             sources=work.sources, shape=plan.shape_document(work.shape), status="queued", attempt=1, percent=0.0,
             last_event=0, query_budget=order.query_budget, queries_planned=work.queries,
-            created_at=session.scalar(sa.select(now())),
+            created_at=read_clock(session),
         )  # fmt: skip
         if order.cancel_after_s is not None:
             job.deadline_at = job.created_at + order.cancel_after_s
@@ -245,7 +245,7 @@ def delete(wiring: Wiring, principal: Principal, job_id: str) -> None:
             session.execute(sa.delete(table).where(table.job_id == job_id))
         outbox.forget(session, job_id)
         session.execute(sa.update(Shard).where(Shard.job_id == job_id).values(checkpoint=sa.null()))
-        job.sources, job.deleted_at = {}, session.scalar(sa.select(now()))
+        job.sources, job.deleted_at = {}, read_clock(session)
 
 
 def events_after(

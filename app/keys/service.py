@@ -22,7 +22,7 @@ import structlog
 from sqlalchemy.orm import Session
 
 from app import ids, paging
-from app.db import Database, now, owned
+from app.db import Database, now, owned, read_clock
 from app.errors import Conflict, Invalid, NotFound, Unauthenticated
 from app.keys.tables import ApiKey
 from app.security.principal import SCOPES, Principal
@@ -127,7 +127,7 @@ def revoke(wiring: Wiring, principal: Principal, key_id: str) -> None:
                     "This is the last key that may manage keys. Make another one with the scope 'admin' first.",
                     code="last_admin_key",
                 )
-            key.revoked_at = session.scalar(sa.select(now()))
+            key.revoked_at = read_clock(session)
     wiring.callers.forget(key_id)
 
 

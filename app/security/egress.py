@@ -203,21 +203,18 @@ class Egress:
         headers: Mapping[str, str],
         *,
         timeout_s: float,
-        max_bytes: int,
-        content: bool = True,
+        max_bytes: int | None,
     ) -> Response:
         """Sends `body` and reads the answer, both within `timeout_s`. A 3xx is an answer like another.
 
-        `content` False: the status and the headers are enough, and the rest is not waited for.
+        `max_bytes` None: the status and the headers are enough, and the content is not waited for.
         """
         until = time.monotonic() + timeout_s
         check_headers(headers)
         destination = self._destination(url)
         connection = self._idle_to(destination) or self._dialled(destination, until)
         try:
-            response, is_open = _exchange(
-                connection, destination, body, headers, until, max_bytes if content else None
-            )
+            response, is_open = _exchange(connection, destination, body, headers, until, max_bytes)
         except BaseException as error:
             connection.sock.close()
             if isinstance(error, TimeoutError):

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from app import paging
-from app.db import now, owned
+from app.db import owned, read_clock
 from app.errors import Conflict, NotFound
 from app.security.principal import Principal
 from app.students.tables import Student
@@ -56,7 +55,7 @@ def get(session: Session, principal: Principal, student_id: str) -> Student:
 def delete(wiring: Wiring, principal: Principal, student_id: str) -> None:
     """Take it out of sight; retention removes its files. Raises `NotFound`."""
     with wiring.database.writing() as session:
-        get(session, principal, student_id).deleted_at = session.scalar(sa.select(now()))
+        get(session, principal, student_id).deleted_at = read_clock(session)
 
 
 def graph(student: Student, precision: str) -> str:

@@ -10,13 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-import sqlalchemy as sa
 import structlog
 from pydantic import Field, TypeAdapter
 from sqlalchemy.orm import Session
 
 from app import ids, paging
-from app.db import now, owned
+from app.db import owned, read_clock
 from app.errors import Conflict, Invalid, NotFound
 from app.jobs.tables import Job, Worker
 from app.networks import Networks
@@ -162,7 +161,7 @@ def record_probe(wiring: Wiring, principal: Principal, teacher_id: str, report: 
     with wiring.database.writing() as session:
         row = session.scalar(owned(Teacher, principal).where(Teacher.id == teacher_id))
         if row is not None:
-            row.probe = {**report, "at": session.scalar(sa.select(now()))}
+            row.probe = {**report, "at": read_clock(session)}
 
 
 def delete(wiring: Wiring, principal: Principal, teacher_id: str) -> None:
@@ -179,7 +178,7 @@ def delete(wiring: Wiring, principal: Principal, teacher_id: str) -> None:
                 code="teacher_in_use",
             )
         row.secret = None
-        row.deleted_at = session.scalar(sa.select(now()))
+        row.deleted_at = read_clock(session)
 
 
 def spec_of(row: Teacher) -> BlackBoxTeacher:

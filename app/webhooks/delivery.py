@@ -20,7 +20,7 @@ import sqlalchemy as sa
 import structlog
 from sqlalchemy.orm import Session
 
-from app.db import Database, now
+from app.db import Database, read_clock
 from app.errors import Unavailable
 from app.security.egress import Egress
 from app.webhooks import outbox, sending
@@ -66,7 +66,7 @@ def claim(database: Database, under_way: Collection[Claim], most: int = _MOST) -
     They are chosen without a lock; the write unit only takes those that nobody else took meanwhile.
     """
     with database.reading() as session:
-        clock = session.scalar(sa.select(now())) or 0.0
+        clock = read_clock(session)
         chosen = _chosen(session, clock, under_way, most)
     if not chosen:
         return []
@@ -84,7 +84,7 @@ def record(database: Database, held: Claim, outcome: Outcome) -> None:
         row = session.scalar(sa.select(WebhookDelivery).where(same).with_for_update())
         if webhook is None or row is None:
             return
-        clock = session.scalar(sa.select(now())) or 0.0
+        clock = read_clock(session)
         row.http_status, row.reason = outcome.http_status, outcome.reason
         if outcome.http_status == GONE:
             outbox.disable(session, webhook, clock, outcome.reason)
@@ -117,19 +117,15 @@ def _chosen(
     chosen: list[tuple[WebhookDelivery, Webhook]] = []
     while waiting and len(chosen) < most:
         webhook = min(waiting, key=lambda each: (of_tenant[each.tenant], waiting[each]))
+        if of_tenant[webhook.tenant] >= _MOST_OF_A_TENANT:  # then all that wait have as many
+            break
         if webhook not in rows:
             own = sa.select(WebhookDelivery).where(WebhookDelivery.webhook_id == webhook.id, due)
-            room = min(
-                _MOST_OF_A_WEBHOOK - of_webhook[webhook.id], _MOST_OF_A_TENANT - of_tenant[webhook.tenant]
-            )
-            few = (
-                own.where(WebhookDelivery.id.not_in(sent))
-                .order_by(WebhookDelivery.next_at)
-                .limit(max(room, 0))
-            )
-            rows[webhook] = iter(session.scalars(few).all())
+            few = own.where(WebhookDelivery.id.not_in(sent)).order_by(WebhookDelivery.next_at)
+            room = max(0, _MOST_OF_A_WEBHOOK - of_webhook[webhook.id])
+            rows[webhook] = iter(session.scalars(few.limit(room)).all())
         message = next(rows[webhook], None)
-        if message is None or of_tenant[webhook.tenant] >= _MOST_OF_A_TENANT:
+        if message is None:
             del waiting[webhook]
             continue
         of_tenant[webhook.tenant] += 1

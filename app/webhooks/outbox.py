@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from app import ids
-from app.db import now, owned
+from app.db import owned, read_clock
 from app.jobs.tables import Job
 from app.schemas import moment
 from app.security.principal import Principal
@@ -28,7 +28,7 @@ def write(session: Session, job: Job, event: str) -> None:
     told = [webhook for webhook in session.scalars(enabled) if event in webhook.events]
     if not told:
         return
-    clock = session.scalar(sa.select(now())) or 0.0
+    clock = read_clock(session)
     payload = {"type": event, "timestamp": timestamp(clock), "data": _data(job)}
     session.add_all(
         WebhookDelivery(

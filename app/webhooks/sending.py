@@ -84,7 +84,7 @@ def send(
         "webhook-signature": " ".join(signature(key, message_id, timestamp, body) for key in keys),
     }
     try:
-        answer = egress.post(url, body, headers, timeout_s=_TIMEOUT_S, max_bytes=0, content=False)
+        answer = egress.post(url, body, headers, timeout_s=_TIMEOUT_S, max_bytes=None)
     except Unreachable as error:
         return Outcome(None, told(error))
     finally:

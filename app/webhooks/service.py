@@ -9,7 +9,7 @@ import structlog
 from sqlalchemy.orm import Session
 
 from app import ids, paging
-from app.db import now, owned
+from app.db import owned, read_clock
 from app.errors import Conflict, Finding, Invalid, NotFound
 from app.security.egress import Egress, Refused
 from app.security.principal import Principal
@@ -91,7 +91,7 @@ def replace_secret(wiring: Wiring, principal: Principal, webhook_id: str, overla
     sealed = _sealed(wiring, secret, webhook_id)
     with wiring.database.writing() as session:
         webhook = lock(session, principal, webhook_id)
-        clock = session.scalar(sa.select(now())) or 0.0
+        clock = read_clock(session)
         signing = sending.valid({**webhook.old_secrets, webhook.secret: clock + overlap_s}, clock)
         newest = sorted(signing, key=signing.__getitem__)[-_MOST_OLD_SECRETS:] if overlap_s else []
         webhook.old_secrets = {old: signing[old] for old in newest}
@@ -104,7 +104,7 @@ def try_out(wiring: Wiring, principal: Principal, webhook_id: str) -> Outcome:
     """Send a message of type `webhook.test` now. One that is received enables a disabled webhook; 410 disables it."""
     with wiring.database.reading() as session:
         webhook = get(session, principal, webhook_id)
-        clock = session.scalar(sa.select(now())) or 0.0
+        clock = read_clock(session)
     payload = {
         "type": "webhook.test",
         "timestamp": outbox.timestamp(clock),
@@ -150,7 +150,7 @@ def send_again(wiring: Wiring, principal: Principal, webhook_id: str, delivery_i
                 f"POST /v1/webhooks/{webhook_id}/test enables it again where the answer is 2xx.",
                 code="webhook_disabled",
             )
-        clock = session.scalar(sa.select(now())) or 0.0
+        clock = read_clock(session)
         if row.status == "sending" and (row.next_at or 0.0) > clock:
             raise Conflict(
                 f"Message '{delivery_id}' is being sent just now. "
